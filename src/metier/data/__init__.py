@@ -1,0 +1,1 @@
+"""Examples from files: read, clean, split, audit. No torch."""

@@ -1,0 +1,1 @@
+"""Graders: output and reference to a Score. No torch."""

@@ -1,0 +1,119 @@
+"""The nouns that every stage shares: Example, Completion, Score, and the Generator protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypedDict
+
+
+class Message(TypedDict, total=False):
+    """One message of a chat, as in the OpenAI API.
+
+    ``weight`` 0 keeps an assistant message out of the loss (OpenAI's convention).
+    """
+
+    role: str
+    content: str | None
+    name: str
+    weight: int
+    tool_calls: list[dict[str, Any]]
+    tool_call_id: str
+
+
+Chat = Sequence[Message]
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One input with its expected output.
+
+    Attributes:
+        id: stable name of the row: the user's own, else a hash of its content.
+        messages: the chat; the last message is the assistant's, the expected output.
+        group: rows of one group never stand in two parts of a split.
+        source: where it was read, ``file:line``.
+        time: ISO 8601 time of the row, or empty.
+        tools: tool schemas offered to the model, OpenAI form.
+
+    """
+
+    id: str
+    messages: tuple[Message, ...]
+    group: str = ""
+    source: str = ""
+    time: str = ""
+    tools: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def prompt(self) -> tuple[Message, ...]:
+        """Everything before the expected output."""
+        return self.messages[:-1]
+
+    @property
+    def input(self) -> str:
+        """The text of the last user message: what retrievers and classical models read."""
+        return last_user_text(self.prompt)
+
+    @property
+    def answer(self) -> str:
+        """The expected output as text."""
+        return self.messages[-1].get("content") or ""
+
+
+def last_user_text(chat: Chat) -> str:
+    """Text of the last user message of a chat, or an empty string."""
+    for message in reversed(chat):
+        if message.get("role") == "user":
+            return message.get("content") or ""
+    return ""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What an arm answered to one prompt.
+
+    Attributes:
+        text: the answer.
+        prompt_tokens: tokens read (0 for arms without a language model).
+        completion_tokens: tokens written.
+        finished: False when the answer was cut at the length limit.
+        probability: the arm's own probability of its answer, where it has one.
+
+    """
+
+    text: str
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    finished: bool = True
+    probability: float | None = None
+
+
+class Generator(Protocol):
+    """One way of answering a task: an arm.
+
+    ``generate`` takes the chats of several requests, each ending with a user message and
+    without the expected output, and answers them in the same order.
+    """
+
+    def generate(self, chats: Sequence[Chat]) -> list[Completion]:
+        """Answer each chat."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """The value of one answer under one grader.
+
+    Attributes:
+        value: between 0 (worst) and 1 (best).
+        answer: the part of the output that was graded.
+        explanation: why this value, in words a person can check.
+        parts: named values beside it, such as precision and recall.
+
+    """
+
+    value: float
+    answer: str
+    explanation: str
+    parts: dict[str, float] = field(default_factory=dict)

@@ -1,0 +1,1 @@
+"""Find passages and examples: lexical and vector index."""

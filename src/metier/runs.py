@@ -1,0 +1,204 @@
+"""Run directories: everything metier makes is a file that is either complete or not there.
+
+A *published* directory appears under its name only when whole: it is written beside it under a
+temporary name, its files are synced, a manifest with their SHA-256 is written last, and the
+directory is renamed. `verify` checks that manifest before anything is read back.
+
+A `Run` is a directory of published *stages*, each named by the hash of what went into it, so a
+run that was interrupted goes on where it stopped and a changed input makes a new stage.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from metier.errors import RunError
+
+MANIFEST = "manifest.json"
+_TEMPORARY = ".partial-"
+
+
+def fingerprint(value: Any) -> str:
+    """SHA-256 of a JSON-like value, independent of the order of keys."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def write_atomic(path: Path, content: bytes | str) -> None:
+    """Write one file so that readers see the old content or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}")
+    data = content.encode() if isinstance(content, str) else content
+    try:
+        with temporary.open("wb") as handle:
+            handle.write(data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_directory(path.parent)
+
+
+@contextlib.contextmanager
+def publish(path: Path, about: Mapping[str, Any] | None = None) -> Iterator[Path]:
+    """Give a temporary directory to fill; on success it becomes `path`, whole and verified.
+
+    Args:
+        path: the final name; must not exist yet.
+        about: what to record in the manifest beside the file hashes (inputs, versions).
+
+    """
+    temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        _seal(temporary, about or {})
+        temporary.rename(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _sync_directory(path.parent)
+
+
+def _seal(directory: Path, about: Mapping[str, Any]) -> None:
+    files = sorted(p for p in directory.rglob("*") if p.is_file())
+    hashes = {}
+    for file in files:
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+        hashes[file.relative_to(directory).as_posix()] = file_hash(file)
+    manifest = {"files": hashes, "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    write_atomic(
+        directory / MANIFEST, json.dumps(manifest | dict(about), indent=1, ensure_ascii=False)
+    )
+    for folder in {file.parent for file in files} | {directory}:
+        _sync_directory(folder)
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """Check a published directory against its manifest and return the manifest.
+
+    Raises:
+        RunError: the manifest or a file is missing, or a file has changed.
+
+    """
+    remedy = "delete this directory; the run makes it again"
+    try:
+        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        files: dict[str, str] = manifest["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise RunError(str(path), "has no readable manifest", remedy) from None
+    for name, expected in files.items():
+        file = path / name
+        if not file.is_file():
+            raise RunError(str(file), "is missing", remedy)
+        if file_hash(file) != expected:
+            raise RunError(str(file), "differs from its recorded SHA-256", remedy)
+    return manifest
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class Run:
+    """A directory of stages that one process at a time may write.
+
+    Use as a context manager: entering takes the lock, leaving gives it back.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: int | None = None
+
+    def __enter__(self) -> Run:
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._lock)
+            raise RunError(
+                str(self.path),
+                "is in use by another process",
+                "wait for it, or give another --out directory",
+            ) from None
+        self._sweep()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _sweep(self) -> None:
+        """Remove what an interrupted process left half-written."""
+        for leftover in self.path.rglob(f"{_TEMPORARY}*"):
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink(missing_ok=True)
+
+    def stage(self, name: str, inputs: Mapping[str, Any], make: Callable[[Path], None]) -> Path:
+        """Return the stage's directory, making it unless it is there, whole, for these inputs.
+
+        Args:
+            name: what the stage is called, for people.
+            inputs: everything its result depends on (JSON-like); hashed into its name.
+            make: fills the directory it is given.
+
+        """
+        path = self.path / f"{name}-{fingerprint(inputs)[:12]}"
+        if path.exists():
+            try:
+                verify(path)
+            except RunError:
+                shutil.rmtree(path)
+            else:
+                return path
+        with publish(path, {"stage": name, "inputs": dict(inputs)}) as directory:
+            make(directory)
+        return path
+
+
+def versions() -> dict[str, str]:
+    """Versions and hardware that a result depends on."""
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    for package in ("metier", "torch", "transformers", "peft", "tokenizers", "scikit-learn"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    found["processor"] = _processor()
+    found["cores"] = str(os.cpu_count())
+    return found
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()

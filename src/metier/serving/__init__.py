@@ -1,0 +1,1 @@
+"""Serve a specialist behind an OpenAI-compatible endpoint."""

@@ -1,0 +1,295 @@
+"""A Task: what good output is, in words and as a grader, and how arms are compared on it.
+
+This is the whole of task.yaml. `metier init` writes one; every field has a default that works
+except `name`, `kind` and `data`.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from metier.config import Config
+
+Kind = Literal["classification", "extraction", "expansion"]
+TemplateName = Literal["plain", "question-answer", "chat"]
+Format = Literal[
+    "auto", "prompt-completion", "question-answer", "text-label", "messages", "alpaca", "sharegpt"
+]
+
+SIMPLER_METHODS = ("prompt", "few-shot", "rag", "classical")
+TUNED_METHODS = ("lora", "full", "lora+rag")
+METHODS = (*SIMPLER_METHODS, *TUNED_METHODS, "remote")
+MODES = ("text", "likelihood", "head")
+
+
+class Columns(Config):
+    """Which column of the data is what; a name that is not given is guessed from the format."""
+
+    input: str | None = None
+    """Column with the input text."""
+    output: str | None = None
+    """Column with the expected output or label."""
+    group: str | None = None
+    """Rows with the same value here never stand in two parts (a customer, a document)."""
+    id: str | None = None
+    """Column with a stable row id; without it the content's hash is used."""
+    time: str | None = None
+    """Column with the time of the row."""
+
+
+class Data(Config):
+    """Where the examples are."""
+
+    file: str | None = None
+    """One file that metier splits: JSONL, CSV, TSV, JSON or Parquet; may be compressed (.gz, .zst).
+    `builtin:NAME` reads a built-in data set."""
+    train: str | None = None
+    """Official training part, when the parts are files of their own."""
+    validation: str | None = None
+    """Official validation part; without it, one is split off the training part."""
+    test: str | None = None
+    """Official test part: it is the sealed part; without it, one is split off."""
+    format: Format = "auto"
+    """How rows are laid out."""
+    columns: Columns = Columns()
+    """Names of columns."""
+    documents: tuple[str, ...] = ()
+    """Text files the rag arms may read besides the training examples."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if bool(self.file) == bool(self.train):
+            raise ValueError("give either data.file, or data.train (with validation and test)")
+        if self.file and (self.validation or self.test):
+            raise ValueError("data.validation and data.test go with data.train, not data.file")
+        return self
+
+
+class Split(Config):
+    """How one file becomes training, validation and sealed test part."""
+
+    test: Annotated[float, Field(gt=0, lt=0.9)] = 0.2
+    """Share of groups in the sealed test part."""
+    validation: Annotated[float, Field(gt=0, lt=0.9)] = 0.1
+    """Share of groups in the validation part, on which every choice is made."""
+    seed: int = 0
+    """Seed of the assignment."""
+    near_duplicate: Annotated[float, Field(gt=0, le=1)] = 0.8
+    """Jaccard similarity of character 5-grams from which two inputs count as near-duplicates."""
+    max_train: Annotated[int, Field(gt=0)] | None = None
+    """Use at most this many training examples."""
+    max_validation: Annotated[int, Field(gt=0)] | None = None
+    """Use at most this many validation examples."""
+    max_test: Annotated[int, Field(gt=0)] | None = None
+    """Use at most this many test examples."""
+
+    @model_validator(mode="after")
+    def _leaves_training(self) -> Self:
+        if self.test + self.validation >= 1:
+            raise ValueError("split.test + split.validation leave nothing to train on")
+        return self
+
+
+class Lora(Config):
+    """Low-rank adapter (Hu et al. 2021, arXiv 2106.09685) on all linear layers."""
+
+    rank: Annotated[int, Field(gt=0, le=512)] = 16
+    """Rank of the update."""
+    alpha: Annotated[float, Field(gt=0)] = 32
+    """The update is scaled by alpha / rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on the adapter's input."""
+
+
+class Training(Config):
+    """How tuned arms are trained."""
+
+    epochs: Annotated[int, Field(gt=0, le=1000)] = 10
+    """At most this many passes over the training part; early stopping may end sooner."""
+    learning_rate: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Peak learning rate; by default right for the method (LoRA about ten times full)."""
+    batch_tokens: Annotated[int, Field(gt=0)] = 4096
+    """Tokens per optimiser step, about."""
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Share of steps in which the learning rate rises; then it falls on a cosine."""
+    weight_decay: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    """Decoupled weight decay."""
+    patience: Annotated[int, Field(ge=0)] = 2
+    """Stop after this many evaluations without a better validation loss (0: never)."""
+    max_length: Annotated[int, Field(gt=7)] = 1024
+    """Longest example in tokens; a longer one is refused unless `too_long` says otherwise."""
+    too_long: Literal["refuse", "drop", "cut-input"] = "refuse"
+    """What to do with examples longer than `max_length`: answers are never cut."""
+    lora: Lora = Lora()
+    """Low-rank adapters."""
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0, 1, 2)
+    """Every tuned arm is trained once per seed; a verdict wants at least three."""
+
+    @field_validator("seeds")
+    @classmethod
+    def _distinct(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(seeds)) != len(seeds):
+            raise ValueError("the same seed stands twice")
+        return seeds
+
+
+class Forgetting(Config):
+    """What the tuned model must not have forgotten, measured before and after."""
+
+    texts: tuple[str, ...] = ()
+    """General text files; by default, Python's own language reference topics."""
+    pairs: tuple[str, ...] = ()
+    """JSONL files with `good` and `bad` sentences; by default generated minimal pairs."""
+    text_tolerance: Annotated[float, Field(ge=0)] = 0.05
+    """Largest rise of bits per byte that is accepted, as a share of the base's."""
+    skill_tolerance: Annotated[float, Field(ge=0, le=1)] = 0.03
+    """Largest fall of minimal-pair accuracy that is accepted."""
+
+
+class Retrieval(Config):
+    """What the few-shot and rag arms look up."""
+
+    shots: Annotated[int, Field(gt=0, le=64)] = 5
+    """Examples or passages put into a prompt."""
+    index: Literal["bm25", "hybrid"] = "bm25"
+    """bm25, or BM25 and MiniLM vectors fused (extra `rag`)."""
+
+
+class Remote(Config):
+    """Any OpenAI-compatible endpoint; the key comes from the environment and is never written."""
+
+    base_url: str
+    """Address of the API, e.g. http://127.0.0.1:8000/v1."""
+    model: str
+    """Name of the model there."""
+    api_key_env: str = "OPENAI_API_KEY"
+    """Environment variable that holds the key."""
+    input_price: Annotated[float, Field(ge=0)] = 0.0
+    """Price of a million prompt tokens."""
+    output_price: Annotated[float, Field(ge=0)] = 0.0
+    """Price of a million written tokens."""
+
+
+class Arm(Config):
+    """One arm: a method, how it answers, and over which base."""
+
+    method: str
+    mode: str = "text"
+    base: str = ""
+
+    @classmethod
+    def of(cls, text: str) -> Arm:
+        """Read ``method``, ``method/mode`` as written in task.yaml."""
+        method, _, mode = text.partition("/")
+        return cls(method=method, mode=mode or "text")
+
+    @property
+    def tuned(self) -> bool:
+        """Whether it needs training of a language model."""
+        return self.method in TUNED_METHODS
+
+    @property
+    def name(self) -> str:
+        """How reports call it."""
+        mode = "" if self.mode == "text" else f"/{self.mode}"
+        base = f"@{self.base}" if self.base else ""
+        return f"{self.method}{mode}{base}"
+
+
+class Task(Config):
+    """The whole of task.yaml."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+    """Name of the task: lower-case letters, digits, dot, dash, underscore."""
+    kind: Kind
+    """classification (closed labels), extraction (text or JSON fields), expansion (free text)."""
+    data: Data
+    """Where the examples are."""
+    good: str = ""
+    """What good output is, in words."""
+    better: str = ""
+    """What would be better still."""
+    bad: str = ""
+    """What bad output is."""
+    instruction: str = ""
+    """What prompted arms tell the model to do."""
+    labels: tuple[str, ...] = ()
+    """The closed label set of a classification; by default the labels of the training part."""
+    base: str | tuple[str, ...] = "starter"
+    """One base or several: starter, a path, or a Hub name."""
+    template: TemplateName = "question-answer"
+    """How a chat becomes text: plain, question-answer, or the base's own chat template."""
+    grader: str | dict[str, Any] = "auto"
+    """Short name (exact, token_f1, rouge_l, chrf, fields) or an OpenAI-style grader."""
+    arms: tuple[str, ...] = ()
+    """Arms to compare; by default all simpler ones that fit the kind, and lora."""
+    split: Split = Split()
+    """How the data is split."""
+    training: Training = Training()
+    """How tuned arms are trained."""
+    retrieval: Retrieval = Retrieval()
+    """What the few-shot and rag arms look up."""
+    remote: Remote | None = None
+    """Endpoint of the remote arm."""
+    forgetting: Forgetting = Forgetting()
+    """What must not be forgotten."""
+    max_new_tokens: Annotated[int, Field(gt=0)] | None = None
+    """Longest answer in tokens; by default the longest training answer and a quarter more."""
+    margin: Annotated[float, Field(ge=0, lt=1)] = 0.02
+    """A tuned arm must beat the best simpler arm by more than this to be worth shipping."""
+    budget: Annotated[float, Field(gt=0)] = 60.0
+    """Minutes the whole run may take."""
+    machine_hour: Annotated[float, Field(ge=0)] = 0.10
+    """Price of one hour of this machine, for cost per 1,000 requests."""
+    currency: str = "USD"
+    """Currency of all prices."""
+
+    @field_validator("arms")
+    @classmethod
+    def _known_arms(cls, arms: tuple[str, ...]) -> tuple[str, ...]:
+        for text in arms:
+            arm = Arm.of(text)
+            if arm.method not in METHODS:
+                raise ValueError(f"'{arm.method}' is no arm; choose from {', '.join(METHODS)}")
+            if arm.mode not in MODES:
+                raise ValueError(f"'{arm.mode}' is no mode; choose from {', '.join(MODES)}")
+        if len(set(arms)) != len(arms):
+            raise ValueError("an arm stands twice")
+        return arms
+
+    @model_validator(mode="after")
+    def _arms_fit(self) -> Self:
+        for arm in self.chosen_arms():
+            if self.kind != "classification" and (
+                arm.method == "classical" or arm.mode in ("likelihood", "head")
+            ):
+                raise ValueError(f"the arm '{arm.name}' needs kind: classification")
+            if arm.mode == "head" and arm.method not in ("lora", "full"):
+                raise ValueError(f"the arm '{arm.name}': only lora and full can carry a head")
+            if arm.method == "remote" and self.remote is None:
+                raise ValueError("the arm 'remote' needs the section 'remote'")
+        if math.isnan(self.budget):
+            raise ValueError("budget is not a number")
+        return self
+
+    def bases(self) -> tuple[str, ...]:
+        """The bases to compare."""
+        return (self.base,) if isinstance(self.base, str) else self.base
+
+    def chosen_arms(self) -> tuple[Arm, ...]:
+        """The arms to compare, for one base."""
+        if self.arms:
+            return tuple(Arm.of(text) for text in self.arms)
+        simpler = ["prompt", "few-shot", "rag"]
+        if self.kind == "classification":
+            simpler.append("classical")
+        return tuple(Arm.of(text) for text in [*simpler, "lora"])
+
+
+def resolve(path: str, task_file: Path) -> Path:
+    """A path in task.yaml is relative to the file it stands in."""
+    return Path(path) if Path(path).is_absolute() else task_file.parent / path

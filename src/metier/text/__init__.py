@@ -1,0 +1,1 @@
+"""Text to ids: tokenizer, template, mask. No torch."""

@@ -1,0 +1,1 @@
+"""Training: batches, losses, the one loop, and the methods over it."""
