@@ -1,0 +1,41 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Each sets up .venv by itself.
+PYTHON ?= python3
+WORKERS ?= 2
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: help setup demo test lint types check bench pins
+
+help:  ## Show what can be made.
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(READY)  ## Install metier and everything its tests need into .venv.
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"$(PYTHON) is Python {v.major}.{v.minor}; metier needs 3.11 or newer: make PYTHON=python3.12 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[rag,dev]'
+	@touch $@
+
+demo: $(READY)  ## Run the whole loop on real built-in data: no network, no accelerator.
+	$(BIN)/metier demo
+
+# One thread per worker: two test processes with two threads each would only fight for the cores.
+test: $(READY)  ## Run every test.
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal
+
+lint: $(READY)  ## Check style.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)  ## Check types.
+	$(BIN)/mypy
+
+check: lint types test  ## Everything a change must pass.
+
+bench: $(READY)  ## Measure again what the documentation claims; writes benchmarks/results.
+	$(BIN)/python -m benchmarks
+
+pins: $(READY)  ## Write constraints.txt from what is installed in .venv.
+	{ head -n 2 constraints.txt; $(BIN)/pip freeze --exclude-editable | sed 's/+cpu$$//'; } > constraints.new
+	mv constraints.new constraints.txt

@@ -1,0 +1,44 @@
+"""How long work tells its caller where it stands.
+
+Recipes and everything below them report to a `Progress`; who listens is the caller's choice. The
+terminal's bars are `metier.app.terminal.TerminalProgress`.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Progress(Protocol):
+    """Listener of a long piece of work, which consists of stages one after the other."""
+
+    def stage(self, name: str, total: float | None = None) -> None:
+        """Begin a stage; the one before it is over.
+
+        Args:
+            name: what is being done, in words, e.g. ``train lora, seed 1``.
+            total: units of work in it (steps, requests), None where it is not known.
+
+        """
+        ...
+
+    def advance(self, n: float = 1, **info: object) -> None:
+        """Count `n` more units of the stage as done; `info` is shown beside, e.g. ``loss=1.93``."""
+        ...
+
+    def say(self, text: str) -> None:
+        """Tell the person one line that should stay on the screen."""
+        ...
+
+
+class Silent:
+    """A `Progress` that tells nobody."""
+
+    def stage(self, name: str, total: float | None = None) -> None:
+        """Ignore it."""
+
+    def advance(self, n: float = 1, **info: object) -> None:
+        """Ignore it."""
+
+    def say(self, text: str) -> None:
+        """Ignore it."""
