@@ -1,0 +1,267 @@
+"""The tokenizer: text to ids and back, where text can never become a control token.
+
+A *control token* steers the model (start of a turn, end of text). Only templates may write one;
+the same characters typed by a user, or standing in a document, are encoded as plain text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from metier.errors import DataError, ModelError
+
+if TYPE_CHECKING:
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+After = Literal["start", "control", "text"]
+"""What stands before a stretch of text: nothing, a control token, or other text."""
+
+# Stands for "a control token was here" when a stretch of text is encoded; in no real text.
+_SENTINEL = "\U0010fffd\ufdd0\U0010fffd"
+
+
+class Tokenizer:
+    """A thin wrapper over a Hugging Face fast tokenizer.
+
+    Attributes:
+        bos_id: id of the beginning-of-sequence token, or None.
+        eos_id: id of the end-of-sequence token.
+        pad_id: id used to fill batches: the padding token, else `eos_id` (never looked at).
+        stop_ids: ids that end an answer: `eos_id` and those of generation_config.json.
+        vocab_size: number of ids; every id is below it.
+        chat_template: the Jinja chat template, or None.
+        control_tokens: every control token with its id.
+
+    """
+
+    def __init__(
+        self, backend: PreTrainedTokenizerFast, name: str, extra_stop_ids: Sequence[int] = ()
+    ) -> None:
+        if backend.eos_token_id is None:
+            raise ModelError(
+                name,
+                "its tokenizer names no end-of-sequence token",
+                "set eos_token in tokenizer_config.json",
+            )
+        self.name = name
+        self.bos_id: int | None = backend.bos_token_id
+        self.eos_id: int = backend.eos_token_id
+        self.pad_id: int = self.eos_id if backend.pad_token_id is None else backend.pad_token_id
+        self.chat_template: str | None = _single_template(backend.chat_template)
+        self.stop_ids = frozenset({self.eos_id, *extra_stop_ids})
+        self._backend = backend
+        self._added = _added_tokens(backend)
+        self.control_tokens = _control_tokens(backend, self._added, self.chat_template or "")
+        # The unknown token is what unknown characters honestly become.
+        self._control_ids = frozenset(self.control_tokens.values()) - {backend.unk_token_id}
+        self._plain, self._sentinel = _without_control(backend, self.control_tokens, name)
+        self._newline = self.encode("\n")
+        self._marks_start = self.encode("\na") != self._newline + self.encode("a")
+        self.vocab_size: int = max(backend.get_vocab().values()) + 1
+
+    @classmethod
+    def load(cls, name: str | Path) -> Tokenizer:
+        """Load from a directory or a Hub name; remote code is never run.
+
+        Raises:
+            ModelError: there is no tokenizer, or it cannot be read.
+
+        """
+        backend = _load_backend(str(name))
+        return cls(backend, str(name), _generation_stop_ids(Path(name), backend))
+
+    def encode(self, text: str, after: After = "start") -> list[int]:
+        """Ids of plain text: no BOS or EOS is added and no control token is ever yielded.
+
+        Args:
+            text: what to encode; control-token strings in it are ordinary characters.
+            after: what the text follows. SentencePiece-like tokenizers mark the start of a text,
+                and must not do so where text goes on.
+
+        Raises:
+            DataError: a character cannot be encoded without a control token.
+
+        """
+        ids = self._encode_after(text, after)
+        if self._control_ids.isdisjoint(ids):
+            return ids
+        # The vocabulary itself holds a control string (Unigram, WordLevel): cut through it.
+        if len(text) < 2:
+            raise DataError(
+                f"tokenizer {self.name}",
+                f"the character {text!r} is encoded as a control token",
+                "remove the character, or choose another base",
+            )
+        found = self.control_pattern.search(text)
+        middle = found.start() + 1 if found else len(text) // 2
+        return self.encode(text[:middle], after) + self.encode(text[middle:], "text")
+
+    def _encode_after(self, text: str, after: After) -> list[int]:
+        if after == "control":
+            ids = self._plain.encode(_SENTINEL + text, add_special_tokens=False).ids
+            return list(ids[ids.index(self._sentinel) + 1 :])
+        if after == "text" and self._marks_start:
+            ids = self._plain.encode("\n" + text, add_special_tokens=False).ids
+            if ids[: len(self._newline)] == self._newline:
+                return list(ids[len(self._newline) :])
+        return list(self._plain.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids; control tokens appear as their strings."""
+        text: str = self._backend.backend_tokenizer.decode(list(ids), skip_special_tokens=False)
+        return text
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool,
+    ) -> str:
+        """Text that the chat template writes, in transformers' sandbox.
+
+        Raises:
+            ModelError: there is no chat template.
+            Exception: whatever the template raises.
+
+        """
+        if self.chat_template is None:
+            raise ModelError(
+                self.name,
+                "its tokenizer has no chat template",
+                "set template: question-answer, or choose a base with a chat template",
+            )
+        text = self._backend.apply_chat_template(
+            [dict(message) for message in messages],
+            tools=[dict(tool) for tool in tools] or None,
+            chat_template=self.chat_template,
+            add_generation_prompt=add_generation_prompt,
+            tokenize=False,
+        )
+        return str(text)
+
+    def split_control(self, text: str) -> list[str]:
+        """Cut text at control-token strings: text, control, text, control, ..., text.
+
+        White space that a control token swallows (its `lstrip` and `rstrip`) is removed.
+        """
+        pieces = self.control_pattern.split(text)
+        for index in range(1, len(pieces), 2):
+            token = self._added[pieces[index]]
+            if token["lstrip"]:
+                pieces[index - 1] = pieces[index - 1].rstrip()
+            if token["rstrip"]:
+                pieces[index + 1] = pieces[index + 1].lstrip()
+        return pieces
+
+    @cached_property
+    def control_pattern(self) -> re.Pattern[str]:
+        """Matches any control-token string, the longest first; one group."""
+        longest_first = sorted(self.control_tokens, key=len, reverse=True)
+        return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that decides ids."""
+        parts = [
+            self._backend.backend_tokenizer.to_str(),
+            json.dumps([self.bos_id, self.eos_id, self.pad_id, sorted(self.stop_ids)]),
+            self.chat_template or "",
+        ]
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+    def save(self, directory: Path) -> None:
+        """Write tokenizer files that `load` and transformers read."""
+        self._backend.save_pretrained(str(directory))
+
+
+def _load_backend(name: str) -> PreTrainedTokenizerFast:
+    import transformers
+
+    # tokenizer.json alone is complete; AutoTokenizer (slow to import) converts older formats.
+    whole = (Path(name) / "tokenizer.json").is_file()
+    kind = "PreTrainedTokenizerFast" if whole else "AutoTokenizer"
+    try:
+        backend = getattr(transformers, kind).from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # transformers, tokenizers and the Hub client share no base class
+        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            name,
+            f"its tokenizer cannot be loaded ({cause})",
+            "the directory needs tokenizer.json and tokenizer_config.json",
+        ) from None
+    if not getattr(backend, "is_fast", False):
+        raise ModelError(name, "has no fast tokenizer", "convert it to tokenizer.json first")
+    found: PreTrainedTokenizerFast = backend
+    return found
+
+
+def _generation_stop_ids(directory: Path, backend: PreTrainedTokenizerFast) -> list[int]:
+    """End-of-sequence ids that only generation_config.json names (e.g. the end of a turn)."""
+    try:
+        config = json.loads((directory / "generation_config.json").read_text(encoding="utf-8"))
+        ids = config["eos_token_id"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    ids = ids if isinstance(ids, list) else [ids]
+    return [i for i in ids if isinstance(i, int) and 0 <= i < len(backend)]
+
+
+def _single_template(template: Any) -> str | None:
+    """The default of several named templates."""
+    if isinstance(template, dict):
+        template = template.get("default")
+    return template or None
+
+
+def _added_tokens(backend: PreTrainedTokenizerFast) -> dict[str, dict[str, Any]]:
+    """Added tokens by string, as tokenizer.json writes them."""
+    described = json.loads(backend.backend_tokenizer.to_str())
+    return {token["content"]: token for token in described["added_tokens"]}
+
+
+def _control_tokens(
+    backend: PreTrainedTokenizerFast, added: Mapping[str, Mapping[str, Any]], template: str
+) -> dict[str, int]:
+    """Special tokens, and added tokens that the chat template names."""
+    special = set(backend.all_special_tokens)
+    return {
+        content: token["id"]
+        for content, token in added.items()
+        if content.strip() and (token["special"] or content in special or content in template)
+    }
+
+
+def _without_control(
+    backend: PreTrainedTokenizerFast, control: Mapping[str, int], name: str
+) -> tuple[tokenizers.Tokenizer, int]:
+    """A copy that does not know the control tokens, with the sentinel and its id instead."""
+    from tokenizers import AddedToken, Tokenizer
+
+    described = json.loads(backend.backend_tokenizer.to_str())
+    vocabulary = backend.backend_tokenizer.get_vocab(with_added_tokens=False)
+    kept = []
+    for token in described["added_tokens"]:
+        if token["content"] not in control:
+            kept.append(token)
+        elif token["content"] not in vocabulary:
+            # Ids of added tokens are counted up: an unreachable name keeps the place.
+            kept.append(token | {"content": f"{_SENTINEL}{token['id']}", "normalized": False})
+    described["added_tokens"] = kept
+    described |= {"post_processor": None, "truncation": None, "padding": None}
+    plain = Tokenizer.from_str(json.dumps(described))
+    plain.add_special_tokens([AddedToken(_SENTINEL, normalized=False)])
+    sentinel = plain.token_to_id(_SENTINEL)
+    if sentinel is None or any(
+        plain.token_to_id(token["content"]) != token["id"] for token in kept
+    ):
+        raise ModelError(
+            name, "the ids of its added tokens have gaps", "save it anew with transformers"
+        )
+    return plain, sentinel
