@@ -1,1 +1,1 @@
-"""Find passages and examples: lexical and vector index."""
+"""Passages of documents, and the indexes that find the texts nearest to a query."""
