@@ -1,0 +1,375 @@
+"""The one generation engine: evaluation, rollouts and serving all call it.
+
+Greedy answers come in batches: prompts of similar length side by side, padded on the left so
+that all rows write their next token at the same place; keys and values are cached; rows that
+have stopped leave the batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from metier.errors import ModelError
+from metier.records import Chat, Completion
+from metier.text.pieces import Pieces
+from metier.text.template import Renderer
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+Ids = Sequence[int]
+
+# Logits held at once when continuations are scored: 2^26 float32 values are 256 MB.
+_LOGITS = 1 << 26
+# Rows leave a batch once no more than this share of it is still writing.
+_LEAVE = 0.75
+_IGNORED = -100
+
+
+class Engine:
+    """Generates with one model through one renderer; satisfies `records.Generator`.
+
+    Attributes:
+        model: a causal language model, with or without an adapter.
+        renderer: chat to ids and ids to answer.
+        max_new_tokens: longest answer in tokens, its stop token included.
+        batch_tokens: tokens (prompts, padding and answers) that one batch may hold.
+        context: longest sequence the model can read, or None where it names no limit.
+
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        renderer: Renderer,
+        max_new_tokens: int,
+        batch_tokens: int = 16_384,
+    ) -> None:
+        self.model = model
+        self.renderer = renderer
+        self.max_new_tokens = max_new_tokens
+        self.batch_tokens = batch_tokens
+        config: Any = model.config
+        limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+        self.context: int | None = limit
+        self._stops = torch.tensor(sorted(renderer.stop_ids), device=model.device)
+
+    def generate(self, chats: Sequence[Chat]) -> list[Completion]:
+        """Greedy answers, in the order of the chats.
+
+        Raises:
+            DataError: a chat does not fit the template.
+            ModelError: a prompt leaves no room for `max_new_tokens` in the model's context.
+
+        """
+        prompts = [self.renderer.prompt(chat) for chat in chats]
+        written = self.generate_ids(prompts)
+        return [
+            Completion(
+                text=self.renderer.answer(ids),
+                prompt_tokens=len(prompt),
+                completion_tokens=len(ids),
+                finished=bool(ids) and ids[-1] in self.renderer.stop_ids,
+            )
+            for prompt, ids in zip(prompts, written, strict=True)
+        ]
+
+    def generate_ids(self, prompts: Sequence[Ids]) -> list[list[int]]:
+        """Greedy continuations of prompts, each with its stop token unless it was cut.
+
+        Raises:
+            ModelError: a prompt is empty or leaves no room for `max_new_tokens`.
+
+        """
+        for index, prompt in enumerate(prompts):
+            self._check_room(len(prompt), self.max_new_tokens, f"prompt {index}")
+        written: list[list[int]] = [[] for _ in prompts]
+        lengths = [len(prompt) + self.max_new_tokens for prompt in prompts]
+        for batch in _batches(lengths, self.batch_tokens):
+            with _evaluating(self.model):
+                answers = self._greedy([prompts[i] for i in batch])
+            for index, ids in zip(batch, answers, strict=True):
+                written[index] = ids
+        return written
+
+    def stream(
+        self,
+        chat: Chat,
+        max_new_tokens: int | None = None,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> Generator[str, None, Completion]:
+        """One answer piece by piece; the pieces joined are the whole answer, stripped.
+
+        Args:
+            chat: the request, ending with a user message.
+            max_new_tokens: longest answer in tokens; by default the engine's.
+            temperature: 0 takes the likeliest token, more draws more freely.
+            top_p: draw only among the likeliest tokens that hold this share of probability
+                (nucleus sampling, Holtzman et al. 2019, arXiv 1904.09751).
+            seed: makes a drawn answer repeatable.
+            stop: strings that end the answer and are not part of it.
+            tools: tool schemas offered to the model.
+
+        Returns:
+            The whole Completion, as the generator's return value.
+
+        Raises:
+            DataError: the chat does not fit the template.
+            ModelError: the prompt leaves no room in the model's context.
+
+        """
+        prompt = self.renderer.prompt(chat, tools)
+        limit = max_new_tokens or self.max_new_tokens
+        self._check_room(len(prompt), limit, "prompt")
+        draw = _Draw(temperature, top_p, seed)
+        pieces = Pieces(self.renderer.tokenizer, stop)
+        finished = False
+        for token in self._tokens(prompt, limit, draw):
+            if token in self.renderer.stop_ids:
+                finished = True
+                break
+            if piece := pieces.push(token):
+                yield piece
+            if pieces.stopped:
+                finished = True
+                break
+        if piece := pieces.finish():
+            yield piece
+        return Completion(
+            pieces.text().strip(),
+            len(prompt),
+            pieces.count + (finished and not pieces.stopped),
+            finished,
+        )
+
+    def logprobs(self, pairs: Sequence[tuple[Ids, Ids]]) -> list[float]:
+        """Log-probability (nats) of each continuation given its prompt, summed over tokens.
+
+        A prompt that stands in several pairs is read once.
+
+        Args:
+            pairs: (ids of the prompt, at least one; ids of the continuation).
+
+        Raises:
+            ModelError: a prompt is empty, or a pair is longer than the context.
+
+        """
+        for index, (prompt, continuation) in enumerate(pairs):
+            self._check_room(len(prompt), len(continuation), f"pair {index}")
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for index, (prompt, _) in enumerate(pairs):
+            groups.setdefault(tuple(prompt), []).append(index)
+        sums = [0.0] * len(pairs)
+        alone = [members[0] for members in groups.values() if len(members) == 1]
+        rows = [_Row(i, (*pairs[i][0], *pairs[i][1]), len(pairs[i][0])) for i in alone]
+        self._score((), rows, sums)
+        for prompt, members in groups.items():
+            if len(members) > 1:
+                rows = [_Row(i, (prompt[-1], *pairs[i][1]), 1) for i in members]
+                self._score(prompt[:-1], rows, sums)
+        return sums
+
+    def _check_room(self, prompt: int, room: int, place: str) -> None:
+        if prompt == 0:
+            raise ModelError(place, "is empty", "a model continues from at least one token")
+        if self.context is not None and prompt + room > self.context:
+            raise ModelError(
+                place,
+                f"has {prompt:,} tokens and {room:,} more are to follow, "
+                f"but the model reads at most {self.context:,}",
+                "shorten the input, use fewer shots or passages, or lower max_new_tokens",
+            )
+
+    def _greedy(self, prompts: list[Ids]) -> list[list[int]]:
+        """Continuations of one batch."""
+        decoder = _Decoder(self.model, prompts, self.renderer.tokenizer.pad_id)
+        device = self.model.device
+        written = torch.zeros(len(prompts), self.max_new_tokens, dtype=torch.long, device=device)
+        lengths = torch.full((len(prompts),), self.max_new_tokens, device=device)
+        alive = torch.ones(len(prompts), dtype=torch.bool, device=device)
+        rows = torch.arange(len(prompts), device=device)
+        for step in range(self.max_new_tokens):
+            tokens = decoder.logits.argmax(-1)
+            written[rows, step] = tokens
+            stopped = torch.isin(tokens, self._stops) & alive[rows]
+            lengths[rows[stopped]] = step + 1
+            alive[rows[stopped]] = False
+            left = int(alive.sum())
+            if left == 0 or step + 1 == self.max_new_tokens:
+                break
+            if left <= _LEAVE * len(rows):
+                staying = alive[rows].nonzero().squeeze(1)
+                decoder.keep(staying)
+                rows, tokens = rows[staying], tokens[staying]
+            decoder.push(tokens)
+        return [
+            ids[:length] for ids, length in zip(written.tolist(), lengths.tolist(), strict=True)
+        ]
+
+    def _tokens(self, prompt: Ids, limit: int, draw: _Draw) -> Iterator[int]:
+        decoder = _Decoder(self.model, [prompt], self.renderer.tokenizer.pad_id)
+        for step in range(limit):
+            token = draw(decoder.logits[0])
+            yield token
+            if step + 1 < limit:
+                decoder.push(torch.tensor([token], device=self.model.device))
+
+    def _score(self, prefix: Ids, rows: list[_Row], sums: list[float]) -> None:
+        """Fill in the sums of rows that all follow one prefix."""
+        with _evaluating(self.model):
+            cache = self._read(prefix) if prefix else None
+            lengths = [len(prefix) + len(row.ids) for row in rows]
+            vocabulary: int = self.model.config.get_text_config().vocab_size
+            for batch in _batches(lengths, min(self.batch_tokens, _LOGITS // vocabulary)):
+                chosen = [rows[i] for i in batch]
+                for row, value in zip(chosen, self._sums(cache, chosen), strict=True):
+                    sums[row.place] = value
+
+    def _read(self, prefix: Ids) -> Any:
+        """Cache of keys and values of a prefix."""
+        ids = torch.tensor([list(prefix)], device=self.model.device)
+        output: Any = self.model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        return output.past_key_values
+
+    def _sums(self, cache: Any, rows: list[_Row]) -> list[float]:
+        """Sums of one batch, padded on the right, where causal attention never looks."""
+        device = self.model.device
+        length = max(len(row.ids) for row in rows)
+        ids = torch.full((len(rows), length), self.renderer.tokenizer.pad_id)
+        wanted = torch.full((len(rows), length), _IGNORED)
+        for i, row in enumerate(rows):
+            ids[i, : len(row.ids)] = torch.tensor(row.ids)
+            wanted[i, row.start : len(row.ids)] = torch.tensor(row.ids[row.start :])
+        if cache is not None:
+            cache = copy.deepcopy(cache)
+            cache.batch_repeat_interleave(len(rows))
+        first = min(row.start for row in rows) - 1
+        output: Any = self.model(
+            input_ids=ids.to(device),
+            past_key_values=cache,
+            use_cache=cache is not None,
+            logits_to_keep=length - first,
+        )
+        logits = output.logits[:, :-1].float()
+        losses = torch.nn.functional.cross_entropy(
+            logits.transpose(1, 2),
+            wanted[:, first + 1 :].to(device),
+            ignore_index=_IGNORED,
+            reduction="none",
+        )
+        sums: list[float] = (-losses.sum(1)).tolist()
+        return sums
+
+
+class _Row(NamedTuple):
+    """A sequence to score: its ids from `start` on count, for `place` in the result."""
+
+    place: int
+    ids: tuple[int, ...]
+    start: int
+
+
+class _Decoder:
+    """Rows that write side by side.
+
+    Attributes:
+        logits: of each row's next token, (rows, vocabulary).
+
+    """
+
+    def __init__(self, model: Any, prompts: Sequence[Ids], pad_id: int) -> None:
+        self._model = model
+        length = max(len(prompt) for prompt in prompts)
+        padded = [[pad_id] * (length - len(prompt)) + list(prompt) for prompt in prompts]
+        counts = torch.tensor([len(prompt) for prompt in prompts])
+        mask = torch.arange(length) >= length - counts[:, None]
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        self._mask = mask.to(model.device)
+        self._cache: Any = None
+        self._next = counts[:, None].to(model.device)
+        self.logits = self._forward(
+            torch.tensor(padded, device=model.device), positions.to(model.device)
+        )
+
+    def push(self, tokens: torch.Tensor) -> None:
+        """Append one token to each row."""
+        self._mask = torch.nn.functional.pad(self._mask, (0, 1), value=True)
+        self.logits = self._forward(tokens[:, None], self._next)
+        self._next = self._next + 1
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Let all other rows leave."""
+        self._cache.batch_select_indices(rows)
+        self._mask, self._next = self._mask[rows], self._next[rows]
+
+    def _forward(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        with _evaluating(self._model):
+            output = self._model(
+                input_ids=ids,
+                attention_mask=self._mask,
+                position_ids=positions,
+                past_key_values=self._cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        self._cache = output.past_key_values
+        logits: torch.Tensor = output.logits[:, -1]
+        return logits
+
+
+class _Draw:
+    """Chooses a token from logits: the likeliest, or drawn at a temperature."""
+
+    def __init__(self, temperature: float, top_p: float, seed: int | None) -> None:
+        self._temperature = temperature
+        self._top_p = top_p
+        self._generator = torch.Generator()
+        if seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(seed)
+
+    def __call__(self, logits: torch.Tensor) -> int:
+        if self._temperature == 0:
+            return int(logits.argmax())
+        probabilities = (logits.float().cpu() / self._temperature).softmax(-1)
+        ranked, tokens = probabilities.sort(descending=True)
+        # A token stays while the likelier ones hold less than top_p; the first always stays.
+        ranked[ranked.cumsum(0) - ranked >= self._top_p] = 0
+        return int(tokens[torch.multinomial(ranked, 1, generator=self._generator)])
+
+
+def _batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Indices in batches of similar length, the longest first, each within a token budget."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    batches: list[list[int]] = []
+    for index in order:
+        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= budget:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+@contextlib.contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """No gradients and no dropout, whatever the model was doing before."""
+    training = model.training
+    if training:
+        model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        if training:
+            model.train()

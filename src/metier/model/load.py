@@ -1,0 +1,264 @@
+"""Load a base: a pre-trained causal language model with its tokenizer, checked before use.
+
+Weights are safetensors only and remote code is never run. Encoder-decoder models are not there
+yet: they need their own entry in `_model_class` and their own engine.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from metier.errors import ModelError
+from metier.model.device import choose_device, compute_dtype
+from metier.runs import file_hash, fingerprint
+from metier.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+_WEIGHTS = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+# What is fetched from the Hub: data only, never code or pickles.
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """A loaded base.
+
+    Attributes:
+        model: the causal language model, in evaluation mode.
+        tokenizer: its tokenizer.
+        name: what the user called it.
+        path: the directory it was read from.
+        hash: SHA-256 over the hashes of its config and weight files.
+        parameters: number of weights.
+
+    """
+
+    model: PreTrainedModel
+    tokenizer: Tokenizer
+    name: str
+    path: Path
+    hash: str
+    parameters: int
+
+
+def starter_path() -> Path:
+    """Directory of the small base that ships with metier.
+
+    Raises:
+        ModelError: this copy of metier carries no weights.
+
+    """
+    path = Path(__file__).parent / "starter"
+    if not (path / "config.json").is_file():
+        raise ModelError(
+            "base 'starter'",
+            "its weights are not part of this copy of metier",
+            "install a released metier, or set base: to a path or a Hub name",
+        )
+    return path
+
+
+def load_base(name: str, dtype: torch.dtype | None = None, device: str = "auto") -> Base:
+    """Load a base by name.
+
+    Args:
+        name: ``starter``, a directory, or a Hub name such as ``org/model``.
+        dtype: number format of the weights; by default what the device computes in.
+        device: where to put it: auto, cuda, mps or cpu.
+
+    Raises:
+        ModelError: it is missing, damaged, unsafe or of an unknown kind.
+
+    """
+    path = locate(name)
+    files = _weight_files(path)
+    config = _config(path)
+    tokenizer = Tokenizer.load(path)
+    target = choose_device(device)
+    model = _model(path, config, dtype or compute_dtype(target))
+    _check_vocabulary(model, tokenizer, path)
+    return Base(
+        model=model.to(target).eval(),  # type: ignore[arg-type]
+        tokenizer=tokenizer,
+        name=name,
+        path=path,
+        hash=_hash([path / "config.json", *files]),
+        parameters=sum(p.numel() for p in model.parameters()),
+    )
+
+
+def base_hash(name: str) -> str:
+    """Hash of a base without loading it: what `Base.hash` will be."""
+    path = locate(name)
+    return _hash([path / "config.json", *_weight_files(path)])
+
+
+def locate(name: str) -> Path:
+    """Directory of a base; a Hub name is fetched (data files only) or found in the local cache.
+
+    Raises:
+        ModelError: there is no such directory, or the Hub does not give it.
+
+    """
+    if name == "starter":
+        return starter_path()
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if not _HUB_NAME.fullmatch(name):
+        raise ModelError(f"base '{name}'", "is no directory", "check the path")
+    return _fetch(name)
+
+
+def _fetch(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+    except Exception as error:  # the client raises many unrelated kinds
+        raise ModelError(
+            f"base '{name}'",
+            f"is neither a directory here nor to be had from the Hub ({_first_line(error)})",
+            "check the name and the network, or download it once and set base: to its directory",
+        ) from None
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a base, each readable to its end."""
+    if (path / _INDEX).is_file():
+        files = [path / name for name in _shards(path / _INDEX)]
+    else:
+        files = [path / _WEIGHTS]
+    if not files[0].is_file() and any(path.glob("*.bin")):
+        raise ModelError(
+            str(path),
+            "has its weights only as pickle files (*.bin), which can run code",
+            "convert them to safetensors, or choose another base",
+        )
+    for file in files:
+        _check_safetensors(file)
+    return files
+
+
+def _shards(index: Path) -> list[str]:
+    names = sorted(set(_json(index).get("weight_map", {}).values()))
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ModelError(str(index), f"names the file {name!r}", "download the base again")
+    if not names:
+        raise ModelError(str(index), "names no weight files", "download the base again")
+    return names
+
+
+def _check_safetensors(file: Path) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    remedy = "download the base again, or check base: in task.yaml"
+    if not file.is_file():
+        raise ModelError(str(file), "is missing", remedy)
+    try:
+        with safe_open(str(file), framework="pt") as handle:
+            handle.keys()
+    except (SafetensorError, OSError) as error:
+        raise ModelError(
+            str(file), f"is damaged or cut short ({_first_line(error)})", remedy
+        ) from None
+
+
+def _config(path: Path) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    _json(path / "config.json")
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
+    except Exception as error:  # transformers raises many unrelated kinds
+        raise ModelError(
+            str(path / "config.json"),
+            f"describes no model that transformers knows ({_first_line(error)})",
+            "choose a base whose architecture needs no remote code",
+        ) from None
+    return config
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        cause = "is missing" if not file.exists() else f"is unreadable ({_first_line(error)})"
+        raise ModelError(
+            str(file), cause, "a base is a directory in Hugging Face layout; download it again"
+        ) from None
+    if not isinstance(value, dict):
+        raise ModelError(str(file), "is not a JSON object", "download the base again")
+    return value
+
+
+def _model_class(path: Path, config: PretrainedConfig) -> Any:
+    """The auto class for a config; the place where encoder-decoder models will come in."""
+    from transformers import AutoModelForCausalLM
+
+    if config.is_encoder_decoder:
+        raise ModelError(
+            str(path), "is an encoder-decoder model", "choose a causal (decoder-only) base for now"
+        )
+    return AutoModelForCausalLM
+
+
+def _model(path: Path, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    # The attention is named here because a config may name one to be fetched from the Hub.
+    auto = _model_class(path, config)
+    try:
+        model, report = auto.from_pretrained(
+            str(path),
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            attn_implementation="sdpa",
+            output_loading_info=True,
+        )
+    except Exception as error:  # transformers raises many unrelated kinds
+        raise ModelError(
+            str(path),
+            f"cannot be loaded ({_first_line(error)})",
+            "the weights must fit config.json; download the base again",
+        ) from None
+    if report["missing_keys"]:
+        first = min(report["missing_keys"])
+        raise ModelError(
+            str(path),
+            f"lacks {len(report['missing_keys'])} weights, e.g. {first}",
+            "this is not a whole causal language model; choose another base",
+        )
+    found: PreTrainedModel = model
+    return found
+
+
+def _check_vocabulary(model: PreTrainedModel, tokenizer: Tokenizer, path: Path) -> None:
+    weights = model.get_input_embeddings().weight
+    rows = len(weights)  # type: ignore[arg-type]
+    if tokenizer.vocab_size > rows:
+        raise ModelError(
+            str(path),
+            f"its tokenizer has {tokenizer.vocab_size:,} ids but the model embeds only {rows:,}",
+            "use the tokenizer that belongs to this model",
+        )
+
+
+def _hash(files: list[Path]) -> str:
+    return fingerprint({file.name: file_hash(file) for file in files})
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
