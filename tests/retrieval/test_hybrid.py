@@ -72,12 +72,25 @@ def test_vectors_of_the_same_texts_are_reused(tmp_path: Path, encoded: list[Sequ
     assert [len(batch) for batch in encoded] == [4, 1, 1, 3]
 
 
-def test_a_half_written_table_is_made_again(tmp_path: Path, encoded: list[Sequence[str]]) -> None:
+def test_a_damaged_table_is_made_again(tmp_path: Path, encoded: list[Sequence[str]]) -> None:
     whole = HybridIndex(TEXTS, tmp_path).search("money", 2)
-    (table,) = tmp_path.glob("*.lance")
-    shutil.rmtree(table / "_versions")
+    vectors = next(path for path in tmp_path.rglob("*.lance") if path.is_file())
+    vectors.write_bytes(vectors.read_bytes()[:-1])
     assert HybridIndex(TEXTS, tmp_path).search("money", 2) == whole
     assert [len(batch) for batch in encoded].count(4) == 2
+
+
+def test_an_interrupted_run_leaves_no_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HybridIndex, "_encode", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            HybridIndex(TEXTS, tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_loading_opens_no_connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,13 +15,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metier.errors import MissingExtraError, ModelError
+from metier.errors import MissingExtraError, ModelError, RunError
 from metier.retrieval.index import Hit, reciprocal_rank_fusion, require_texts
 from metier.retrieval.lexical import LexicalIndex
+from metier.runs import file_hash, publish, verify
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+    import pyarrow as pa
     from sentence_transformers import SentenceTransformer
 
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
@@ -83,21 +85,31 @@ class HybridIndex:
 
     def _table(self, texts: Sequence[str], directory: Path) -> Any:
         import lancedb
+
+        path = directory / _key(texts, self._encoder)
+        if not _whole(path):
+            with publish(path, {"texts": len(texts)}) as temporary:
+                lancedb.connect(temporary).create_table("vectors", self._rows(texts))
+        return lancedb.connect(path).open_table("vectors")
+
+    def _rows(self, texts: Sequence[str]) -> pa.Table:
         import pyarrow as pa
 
-        database = lancedb.connect(directory)
-        name = _key(texts, self._encoder)
-        try:
-            table = database.open_table(name)
-            if table.count_rows() == len(texts):
-                return table
-        except (ValueError, RuntimeError):
-            pass  # not there yet, or left half-written by an interrupted run
-        shutil.rmtree(directory / f"{name}.lance", ignore_errors=True)
         vectors = self._encode(texts)
         column = pa.FixedSizeListArray.from_arrays(vectors.reshape(-1), vectors.shape[1])
-        rows = pa.table({"position": pa.array(range(len(texts)), pa.int64()), "vector": column})
-        return database.create_table(name, rows)
+        return pa.table({"position": pa.array(range(len(texts)), pa.int64()), "vector": column})
+
+
+def _whole(path: Path) -> bool:
+    """Whether a table is there as it was written; a damaged one is removed."""
+    if not path.exists():
+        return False
+    try:
+        verify(path)
+    except RunError:
+        shutil.rmtree(path)
+        return False
+    return True
 
 
 def _require(module: str, package: str) -> Path:
@@ -167,8 +179,7 @@ def check_digests(directory: Path, digests: dict[str, str]) -> None:
     for name, expected in digests.items():
         path = directory / name
         try:
-            with path.open("rb") as file:
-                actual = hashlib.file_digest(file, "sha256").hexdigest()
+            actual = file_hash(path)
         except OSError as error:
             actual = f"unreadable, {error.strerror}"
         if actual != expected:
