@@ -1,0 +1,77 @@
+"""Metrics of a task beside its mean score: accuracy, macro-F1, valid JSON, and the like."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from statistics import fmean
+
+from metier.graders.base import Grader
+from metier.graders.wording import case_is_meaningless, normalise
+from metier.records import Example, Score
+from metier.task import Kind
+
+
+class LabelSet:
+    """The closed labels of a classification, and which of them a text is.
+
+    White space does not count; nor does case, unless two labels differ in nothing else.
+    """
+
+    def __init__(self, labels: Sequence[str]) -> None:
+        self.labels = tuple(labels)
+        self._ignore_case = case_is_meaningless(labels)
+        self._rows = {normalise(label, self._ignore_case): i for i, label in enumerate(labels)}
+
+    def row(self, text: str) -> int:
+        """Place of the label in the set; ``len(labels)`` where the text is none of them."""
+        return self._rows.get(normalise(text, self._ignore_case), len(self.labels))
+
+
+def summarise(
+    kind: Kind,
+    grader: Grader,
+    pairs: Sequence[tuple[str, Example, Score]],
+    labels: Sequence[str] = (),
+) -> dict[str, float]:
+    """Metrics over the graded outputs of one arm.
+
+    - The grader's name: mean score. Each of its parts (precision, recall, valid_json, ...): mean
+      over examples.
+    - classification: accuracy; macro_f1, the unweighted mean of F1 over the labels that some
+      example has; invalid_answers, the share of outputs that are no label.
+    - other kinds: exact, the share of outputs that equal the expected ones.
+
+    Args:
+        kind: kind of the task.
+        grader: what gave the scores.
+        pairs: (output, example, score) of every example.
+        labels: the closed label set; by default the labels of these examples.
+
+    """
+    if not pairs:
+        return {}
+    scores = [score for _, _, score in pairs]
+    metrics = {grader.name: fmean(score.value for score in scores)}
+    for part in dict.fromkeys(name for score in scores for name in score.parts):
+        metrics[part] = fmean(score.parts.get(part, 0.0) for score in scores)
+    if kind == "classification":
+        return metrics | _classification(pairs, labels)
+    exact = [normalise(output) == normalise(example.answer) for output, example, _ in pairs]
+    return metrics | {"exact": fmean(exact)}
+
+
+def _classification(
+    pairs: Sequence[tuple[str, Example, Score]], labels: Sequence[str]
+) -> dict[str, float]:
+    label_set = LabelSet(labels or sorted({example.answer for _, example, _ in pairs}))
+    true = [label_set.row(example.answer) for _, example, _ in pairs]
+    answered = [label_set.row(output) for output, _, _ in pairs]
+    invalid = len(label_set.labels)
+    right = Counter(t for t, a in zip(true, answered, strict=True) if t == a != invalid)
+    of_true, of_answered = Counter(true), Counter(answered)
+    return {
+        "accuracy": right.total() / len(pairs),
+        "macro_f1": fmean(2 * right[k] / (of_true[k] + of_answered[k]) for k in of_true),
+        "invalid_answers": of_answered[invalid] / len(pairs),
+    }

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+from sklearn.metrics import accuracy_score, f1_score
+
+from metier.graders import LabelSet, load_grader, summarise
+
+
+def graded(grader, example, rows):
+    return [
+        (output, row, grader.grade(output, row))
+        for output, row in ((output, example(expected)) for output, expected in rows)
+    ]
+
+
+def test_classification_metrics_equal_sklearn(example):
+    rng = random.Random(3)
+    labels = ["card lost", "card late", "fees", "limit", "unused"]
+    rows = [(rng.choice([*labels, "nonsense"]), rng.choice(labels[:4])) for _ in range(300)]
+    grader = load_grader("auto", "classification", labels, None)
+    metrics = summarise("classification", grader, graded(grader, example, rows), labels)
+    answered, true = zip(*rows, strict=True)
+    assert metrics["accuracy"] == metrics["exact"] == pytest.approx(accuracy_score(true, answered))
+    expected = f1_score(true, answered, labels=labels[:4], average="macro", zero_division=0)
+    assert metrics["macro_f1"] == pytest.approx(expected)
+    assert metrics["invalid_answers"] == pytest.approx(answered.count("nonsense") / 300)
+
+
+def test_an_expected_label_outside_the_set_is_never_right(example):
+    grader = load_grader("exact", "classification", ["a"], None)
+    rows = graded(grader, example, [("a", "a"), ("odd", "odd")])
+    metrics = summarise("classification", grader, rows, ["a"])
+    assert metrics["accuracy"] == 0.5
+    assert metrics["invalid_answers"] == 0.5
+
+
+def test_extraction_metrics_are_means_of_parts(example):
+    grader = load_grader("fields", "extraction", [], None)
+    gold = '{"a": 1, "b": 2}'
+    rows = graded(grader, example, [(gold, gold), ('{"a": 1}', gold), ("oops", gold)])
+    metrics = summarise("extraction", grader, rows)
+    assert metrics == pytest.approx(
+        {
+            "fields": (1 + 2 / 3 + 0) / 3,
+            "precision": 2 / 3,
+            "recall": 1.5 / 3,
+            "valid_json": 2 / 3,
+            "exact": 1 / 3,
+        }
+    )
+
+
+def test_nothing_graded_has_no_metrics():
+    assert summarise("expansion", load_grader("exact", "expansion", [], None), []) == {}
+
+
+def test_labels_ignore_white_space_and_case_but_keep_labels_apart():
+    labels = LabelSet(["Card lost", "fees"])
+    assert [labels.row(t) for t in (" card  LOST", "fees", "fee", "")] == [0, 1, 2, 2]
+    strict = LabelSet(["us", "US"])
+    assert [strict.row(t) for t in ("us", "US", "Us")] == [0, 1, 2]
