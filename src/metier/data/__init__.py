@@ -1,1 +1,1 @@
-"""Examples from files: read, clean, split, audit. No torch."""
+"""From files to sealed parts: read, clean, cluster, split, audit. No torch here."""
