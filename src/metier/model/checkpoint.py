@@ -1,0 +1,131 @@
+"""Training checkpoints: complete or not there, in safetensors, the newest whole one wins."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from metier import runs
+from metier.errors import RunError
+
+_PREFIX = "step-"
+_KEPT = 2
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What training needs to go on exactly.
+
+    Attributes:
+        tensors: trained parameters by name.
+        optimizers: one state dict of tensors and numbers per optimiser, by parameter index.
+        state: plain values (step, best loss, ...).
+        best: the parameters at the best validation loss, or empty.
+
+    """
+
+    tensors: Mapping[str, Tensor]
+    optimizers: Sequence[Mapping[int, Mapping[str, Any]]]
+    state: Mapping[str, Any]
+    best: Mapping[str, Tensor]
+
+
+def save(directory: Path, checkpoint: Checkpoint, step: int) -> Path:
+    """Publish a checkpoint as `directory`/step-N and delete all but the newest two."""
+    path = directory / f"{_PREFIX}{step:09d}"
+    if path.exists():
+        shutil.rmtree(path)
+    tensors, numbers = _flatten(checkpoint.optimizers)
+    with runs.publish(path) as target:
+        _write(target / "model.safetensors", checkpoint.tensors)
+        _write(target / "best.safetensors", checkpoint.best)
+        _write(target / "optimizer.safetensors", tensors)
+        state = {"state": dict(checkpoint.state), "optimizers": numbers}
+        (target / "state.json").write_text(json.dumps(state))
+    for old in _found(directory)[:-_KEPT]:
+        shutil.rmtree(old, ignore_errors=True)
+    return path
+
+
+def load_newest(directory: Path) -> tuple[Checkpoint | None, tuple[str, ...]]:
+    """Load the newest checkpoint that is whole.
+
+    Returns:
+        the checkpoint, or None when there is none, and what was wrong with newer ones.
+
+    Raises:
+        RunError: checkpoints are there, but every one is damaged.
+
+    """
+    problems: list[str] = []
+    found = _found(directory)
+    for path in reversed(found):
+        try:
+            runs.verify(path)
+            return _read(path), tuple(problems)
+        except RunError as error:
+            problems.append(str(error))
+    if found:
+        raise RunError(
+            str(directory),
+            f"none of its {len(found)} checkpoints is whole ({problems[0]})",
+            "delete the directory to train anew",
+        )
+    return None, ()
+
+
+def _found(directory: Path) -> list[Path]:
+    return sorted(directory.glob(f"{_PREFIX}*"))
+
+
+def _read(path: Path) -> Checkpoint:
+    saved = json.loads((path / "state.json").read_text())
+    tensors = load_file(path / "optimizer.safetensors")
+    return Checkpoint(
+        tensors=load_file(path / "model.safetensors"),
+        optimizers=_unflatten(tensors, saved["optimizers"]),
+        state=saved["state"],
+        best=load_file(path / "best.safetensors"),
+    )
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+
+
+def _flatten(
+    optimizers: Sequence[Mapping[int, Mapping[str, Any]]],
+) -> tuple[dict[str, Tensor], list[dict[str, dict[str, Any]]]]:
+    """Tensors under ``optimiser.parameter.key``; everything else as JSON beside them."""
+    tensors: dict[str, Tensor] = {}
+    numbers: list[dict[str, dict[str, Any]]] = []
+    for position, states in enumerate(optimizers):
+        plain: dict[str, dict[str, Any]] = {}
+        for index, state in states.items():
+            plain[str(index)] = {}
+            for key, value in state.items():
+                if isinstance(value, Tensor):
+                    tensors[f"{position}.{index}.{key}"] = value.clone()
+                else:
+                    plain[str(index)][key] = value
+        numbers.append(plain)
+    return tensors, numbers
+
+
+def _unflatten(
+    tensors: Mapping[str, Tensor], numbers: Sequence[Mapping[str, Mapping[str, Any]]]
+) -> list[dict[int, dict[str, Any]]]:
+    optimizers = [
+        {int(index): dict(values) for index, values in plain.items()} for plain in numbers
+    ]
+    for name, tensor in tensors.items():
+        position, index, key = name.split(".", 2)
+        optimizers[int(position)][int(index)][key] = tensor
+    return optimizers

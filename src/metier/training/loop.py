@@ -1,0 +1,286 @@
+"""The only optimiser loop: batches in, trained parameters out, exact after every interruption.
+
+The loss of a step is the sum over all its micro-batches divided by the weight (trained tokens or
+rows) of the whole step, so how a step is cut never changes its gradient. Batches and random
+numbers are functions of (seed, step): a killed run that goes on is the run that was not killed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from metier import runs
+from metier.errors import TrainingError
+from metier.model import checkpoint
+from metier.progress import Progress, Silent
+
+_BAD_STEPS = 3
+
+
+class MicroBatch(Protocol):
+    """Part of an optimiser step that is computed at once."""
+
+    @property
+    def weight(self) -> float:
+        """Trained tokens (or rows) in it."""
+        ...
+
+    @property
+    def tokens(self) -> int:
+        """All real tokens in it, for speed figures."""
+        ...
+
+
+B = TypeVar("B", bound=MicroBatch)
+B_co = TypeVar("B_co", bound=MicroBatch, covariant=True)
+
+
+class Batches(Protocol[B_co]):
+    """The data of a run, as a function of the step."""
+
+    def step(self, index: int) -> Sequence[B_co]:
+        """The micro-batches of optimiser step `index`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long and how fast to train."""
+
+    steps: int
+    schedule: Callable[[int], float]
+    """Factor on the peak learning rates at a step."""
+    seed: int = 0
+    clip: float = 1.0
+    """Largest norm of the gradient; 0 leaves it as it is."""
+    evaluate_every: int = 0
+    """Steps between evaluations; 0: only at the end."""
+    patience: int = 0
+    """Stop after this many evaluations without a better loss; 0: never."""
+    checkpoint_seconds: float = 60.0
+
+
+@dataclass
+class State:
+    """Where a run stands."""
+
+    step: int = 0
+    best_loss: float = math.inf
+    best_step: int = 0
+    waited: int = 0
+    skipped: int = 0
+    curve: list[dict[str, float]] = field(default_factory=list)
+    """One entry per evaluation: step, train_loss since the one before, validation_loss."""
+    finished: bool = False
+    train_sum: float = 0.0
+    train_steps: int = 0
+
+
+def cosine(steps: int, warmup: float) -> Callable[[int], float]:
+    """Linear warm-up over a share of the steps, then a cosine to zero (arXiv 1608.03983)."""
+    rise = max(1, round(steps * warmup))
+
+    def factor(step: int) -> float:
+        if step < rise:
+            return (step + 1) / rise
+        return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+
+    return factor
+
+
+def trapezoid(steps: int, rise: int, fall: int) -> Callable[[int], float]:
+    """Linear rise, constant, then a linear fall to zero over the last steps (arXiv 2405.18392)."""
+
+    def factor(step: int) -> float:
+        return min(1.0, (step + 1) / max(1, rise), (steps - step) / max(1, fall))
+
+    return factor
+
+
+class Loop(Generic[B]):
+    """Trains the parameters of `model` that require gradients.
+
+    Args:
+        model: whose parameters are trained.
+        loss: sum of the losses of a micro-batch.
+        batches: the data.
+        optimizers: over the model's trained parameters, each group with its peak ``lr``.
+        plan: how long and how fast.
+        directory: receives checkpoints and ``log.jsonl``; None keeps nothing.
+        evaluate: figures now, ``loss`` among them, which chooses the best parameters.
+        progress: is told every step.
+
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Callable[[B], Tensor],
+        batches: Batches[B],
+        optimizers: Sequence[torch.optim.Optimizer],
+        plan: Plan,
+        *,
+        directory: Path | None = None,
+        evaluate: Callable[[], Mapping[str, float]] | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self._loss, self._batches, self._optimizers, self._plan = loss, batches, optimizers, plan
+        self._model = model
+        self._trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self._directory, self._evaluate = directory, evaluate
+        self._progress: Progress = progress or Silent()
+        self._best: dict[str, Tensor] = {}
+        self._log: list[str] = []
+        self._peaks = [[group["lr"] for group in opt.param_groups] for opt in optimizers]
+        self._bad_in_a_row = 0
+        self.state = State()
+
+    def run(self) -> State:
+        """Train to the end, or from the last checkpoint to the end; keep the best parameters.
+
+        Raises:
+            TrainingError: the gradient was not finite three times in a row.
+
+        """
+        self._resume()
+        saved = time.monotonic()
+        self._progress.advance(self.state.step)
+        while not self.state.finished:
+            self._step()
+            self._maybe_evaluate()
+            due = time.monotonic() - saved > self._plan.checkpoint_seconds
+            if due or self.state.finished:
+                self._save()
+                saved = time.monotonic()
+        self._take_best()
+        return self.state
+
+    def _step(self) -> None:
+        step, began = self.state.step, time.perf_counter()
+        torch.manual_seed(self._plan.seed * 1_000_003 + step)
+        parts = self._batches.step(step)
+        weight = sum(part.weight for part in parts)
+        self._model.train()
+        total = 0.0
+        for part in parts:
+            loss = self._loss(part)
+            (loss / weight).backward()  # type: ignore[no-untyped-call]
+            total += loss.item()
+        norm = self._update(step)
+        seconds = time.perf_counter() - began
+        self._record(step, total / weight, norm)
+        speed = f"{sum(part.tokens for part in parts) / seconds:,.0f}"
+        self._progress.advance(1, loss=f"{total / weight:.3f}", tokens_per_second=speed)
+        self.state.step = step + 1
+        self.state.finished = self.state.step >= self._plan.steps
+
+    def _update(self, step: int) -> float:
+        """Clip, guard against NaN, and step every optimiser. Returns the gradient norm."""
+        gradients = [p for p in self._trained.values() if p.grad is not None]
+        limit = self._plan.clip or math.inf
+        norm = float(nn.utils.clip_grad_norm_(gradients, limit))
+        if math.isfinite(norm):
+            self._bad_in_a_row = 0
+            factor = self._plan.schedule(step)
+            for optimizer, peaks in zip(self._optimizers, self._peaks, strict=True):
+                for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                    group["lr"] = peak * factor
+                optimizer.step()
+        else:
+            self._skip(step)
+        for parameter in gradients:
+            parameter.grad = None
+        return norm
+
+    def _skip(self, step: int) -> None:
+        self.state.skipped += 1
+        self._bad_in_a_row += 1
+        if self._bad_in_a_row >= _BAD_STEPS:
+            raise TrainingError(
+                f"step {step}",
+                f"the gradient was not finite {_BAD_STEPS} times in a row",
+                "lower the learning rate, or look at the rows of this step",
+            )
+
+    def _record(self, step: int, loss: float, norm: float) -> None:
+        self.state.train_sum += loss
+        self.state.train_steps += 1
+        self._log.append(json.dumps({"step": step, "loss": loss, "gradient_norm": norm}))
+
+    def _maybe_evaluate(self) -> None:
+        every, state = self._plan.evaluate_every, self.state
+        if self._evaluate is None or not (state.finished or (every and state.step % every == 0)):
+            return
+        self._model.eval()
+        with torch.no_grad():
+            figures = dict(self._evaluate())
+        loss = figures.pop("loss")
+        mean = state.train_sum / max(1, state.train_steps)
+        point = {"step": state.step, "train_loss": mean, "validation_loss": loss}
+        state.curve.append(point | figures)
+        state.train_sum, state.train_steps = 0.0, 0
+        if loss < state.best_loss:
+            state.best_loss, state.best_step, state.waited = loss, state.step, 0
+            self._best = {n: p.detach().clone() for n, p in self._trained.items()}
+        else:
+            state.waited += 1
+            state.finished |= 0 < self._plan.patience <= state.waited
+
+    def _take_best(self) -> None:
+        if not self._best:
+            return
+        with torch.no_grad():
+            for name, value in self._best.items():
+                self._trained[name].copy_(value)
+
+    def _save(self) -> None:
+        if self._directory is None:
+            return
+        lines = "".join(f"{line}\n" for line in self._log)
+        runs.write_atomic(self._directory / "log.jsonl", lines)
+        snapshot = checkpoint.Checkpoint(
+            tensors=self._trained,
+            optimizers=[opt.state_dict()["state"] for opt in self._optimizers],
+            state=vars(self.state),
+            best=self._best,
+        )
+        checkpoint.save(self._directory / "checkpoints", snapshot, self.state.step)
+
+    def _resume(self) -> None:
+        if self._directory is None:
+            return
+        found, problems = checkpoint.load_newest(self._directory / "checkpoints")
+        for problem in problems:
+            self._progress.say(f"a damaged checkpoint was passed over: {problem}")
+        if found is None:
+            return
+        self._check_names(found.tensors)
+        with torch.no_grad():
+            for name, value in found.tensors.items():
+                self._trained[name].copy_(value)
+        for optimizer, state in zip(self._optimizers, found.optimizers, strict=True):
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": dict(state), "param_groups": groups})
+        self.state = State(**found.state)
+        self._best = dict(found.best)
+        lines = (self._directory / "log.jsonl").read_text().splitlines()
+        self._log = lines[: self.state.step]
+        self._progress.say(f"going on after step {self.state.step}")
+
+    def _check_names(self, tensors: Any) -> None:
+        if tensors.keys() != self._trained.keys():
+            different = sorted(tensors.keys() ^ self._trained.keys())[0]
+            raise TrainingError(
+                str(self._directory),
+                f"the checkpoint trains other parameters (first difference: {different})",
+                "give another output directory, or the settings of the first start",
+            )

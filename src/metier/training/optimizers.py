@@ -1,0 +1,34 @@
+"""Optimisers for training from random weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+_EMBEDDINGS = ("embed", "wte", "wpe", "lm_head", "shared")
+
+
+def muon_and_adam(
+    model: nn.Module, learning_rate: float, weight_decay: float
+) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the layers, AdamW for embeddings, norms and biases.
+
+    Muon (Jordan et al. 2024) orthogonalises the momentum of each matrix; scaled to AdamW's usual
+    update size (Liu et al. 2025, arXiv 2502.16982), both share one learning rate.
+    """
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        embedding = any(part in name for part in _EMBEDDINGS)
+        (matrices if parameter.ndim == 2 and not embedding else others).append(parameter)
+    return [
+        torch.optim.Muon(
+            matrices,
+            lr=learning_rate,
+            weight_decay=weight_decay,
+            adjust_lr_fn="match_rms_adamw",
+        ),
+        torch.optim.AdamW(
+            others, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+        ),
+    ]
