@@ -1,0 +1,113 @@
+"""Stands in for metier.recipes: records its calls, and fails as its first argument says."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from metier.errors import DataError
+from metier.evaluation.schema import DataSummary, Verdict
+from metier.records import Completion
+
+calls = []
+
+
+@dataclass
+class Found:
+    rows: int
+    share: float
+    notes: tuple[str, ...] = ("ключ",)
+
+
+def _verdict():
+    return Verdict(
+        task="routing",
+        kind="classification",
+        decision="use-simpler",
+        arm="classical",
+        reference="classical",
+        headline="Use classical.",
+        rule="A rule.",
+        reasons=("No tuned arm won.",),
+        margin=0.02,
+        currency="USD",
+        data=DataSummary(train=8, validation=1, test=2, test_clusters=2),
+        arms=(),
+    )
+
+
+def _act(word):
+    match Path(word).stem:
+        case "bad":
+            raise DataError("rows.csv:3", "has a hole \x1b[31m", "fill it")
+        case "crash":
+            raise ZeroDivisionError("secret place")
+        case "full":
+            raise OSError(28, "No space left on device", "/some/file")
+        case "interrupt":
+            raise KeyboardInterrupt
+        case "sleep":
+            print("asleep", flush=True)
+            time.sleep(30)
+
+
+def demo(name="stdlib", out=None, overrides=(), budget=None, progress=None):
+    calls.append(("demo", name, out, list(overrides), budget))
+    progress.stage("train", 2)
+    progress.advance(1, loss=0.5)
+    return _verdict()
+
+
+def run(task_file, out=None, overrides=(), budget=None, progress=None):
+    calls.append(("run", task_file, out, list(overrides), budget))
+    progress.stage("train", 2)
+    _act(task_file)
+    return _verdict()
+
+
+def run_directory(task, out=None):
+    return out or Path("runs") / task
+
+
+def init(file, out=None, force=False):
+    calls.append(("init", file, out, force))
+    return out or Path("task.yaml")
+
+
+def audit(task_file, overrides=()):
+    _act(task_file)
+    return Found(3, float("nan"))
+
+
+def plan(task_file, overrides=()):
+    return Found(4, 0.5)
+
+
+def train(task_file, arm, out=None, overrides=(), progress=None):
+    calls.append(("train", task_file, arm, out, list(overrides)))
+    return Path("runs/x")
+
+
+def pretrain(config_file, out=None, overrides=(), progress=None):
+    return Path("runs/base")
+
+
+def predict(run, file, out=None, arm=None, progress=None):
+    calls.append(("predict", run, file, out, arm))
+    return Path("answers.jsonl")
+
+
+class Specialist:
+    def stream(self, chat):
+        text = chat[-1]["content"].upper()
+        yield from text
+        return Completion(text, 1, len(text), finished=text != "CUT")
+
+
+def specialist(run, arm=None):
+    calls.append(("specialist", run, arm))
+    return Specialist()
+
+
+def serve(run, arm=None, host="", port=0, api_key=None, allowed_hosts=(), ready=None):
+    calls.append(("serve", run, arm, host, port, api_key, list(allowed_hosts)))
+    ready(f"http://{host}:{port}/v1")

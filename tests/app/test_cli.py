@@ -1,0 +1,245 @@
+"""The command line over recipes that are stood in for; the real ones are tested with them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import metier
+from metier.app.cli import app
+
+from . import stub_recipes as stub
+
+HEAVY = {"torch", "transformers", "peft", "sklearn", "lancedb", "pyarrow", "openai", "fastapi"}
+HERE = Path(__file__).parent
+# SIGINT is set anew: a shell that starts the tests in the background has it ignored.
+STUBBED = (
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    f"import sys; sys.path.insert(0, {str(HERE)!r}); import stub_recipes; "
+    "sys.modules['metier.recipes'] = stub_recipes; from metier.app.cli import main; main()"
+)
+
+
+@pytest.fixture
+def cli(monkeypatch):
+    monkeypatch.setitem(sys.modules, "metier.recipes", stub)
+    monkeypatch.setattr(metier, "recipes", stub, raising=False)
+    monkeypatch.delenv("METIER_API_KEY", raising=False)
+    monkeypatch.delenv("METIER_DEBUG", raising=False)
+    stub.calls.clear()
+
+    def call(*arguments, **options):
+        return CliRunner().invoke(app, list(map(str, arguments)), **options)
+
+    return call
+
+
+def metier_process(*arguments, **options):
+    """A real process over the stand-in recipes."""
+    command = [sys.executable, "-c", STUBBED, *arguments]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
+
+
+# --- start-up
+
+
+def test_help_is_quick_and_imports_nothing_heavy():
+    code = "import sys; from metier.app.cli import app; app(['--help'], standalone_mode=False); "
+    code += f"sys.exit(str(sorted({HEAVY!r} & set(sys.modules))) if {HEAVY!r} & set(sys.modules) "
+    code += "else 0)"
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        seconds.append(time.perf_counter() - began)
+        assert done.returncode == 0, done.stderr
+    assert min(seconds) < 0.5
+
+
+def test_version(cli):
+    assert cli("--version").stdout == "metier 0.1.0\n"
+
+
+# --- what reaches the recipes
+
+
+def test_run_hands_over_what_was_given_and_shows_the_verdict(cli):
+    done = cli("run", "t.yaml", "--set", "a=1", "--set", "b.c=2", "--budget", "5", "--out", "o")
+    assert done.exit_code == 0, done.output
+    assert stub.calls == [("run", Path("t.yaml"), Path("o"), ["a=1", "b.c=2"], 5.0)]
+    assert "Use classical." in done.stdout
+    assert "report: o/report.html" in done.stderr
+    assert "train" in done.stderr
+    assert "train" not in done.stdout.replace("train lora", "")
+
+
+def test_demo_names(cli):
+    assert cli("demo", "extract").exit_code == 0
+    assert cli("demo").exit_code == 0
+    assert [call[1] for call in stub.calls] == ["extract", "stdlib"]
+    wrong = cli("demo", "other")
+    assert wrong.exit_code == 2
+    assert "other" in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["run", "t.yaml"], {"task": "routing", "arm": "classical"}),
+        (["demo"], {"task": "routing"}),
+        (["init", "rows.csv", "--out", "t.yaml"], {"task": "t.yaml"}),
+        (["audit", "t.yaml"], {"rows": 3, "share": None, "notes": ["ключ"]}),
+        (["plan", "t.yaml"], {"rows": 4, "share": 0.5}),
+        (["train", "t.yaml", "lora"], {"path": "runs/x"}),
+        (["pretrain", "p.yaml"], {"path": "runs/base"}),
+        (["predict", "runs/x", "rows.csv", "--arm", "lora"], {"path": "answers.jsonl"}),
+        (["serve", "runs/x", "--no-key"], {"url": "http://127.0.0.1:8000/v1"}),
+    ],
+)
+def test_json_is_all_there_is_on_the_standard_output(cli, arguments, expected):
+    done = cli(*arguments, "--json")
+    assert done.exit_code == 0, done.output
+    printed = json.loads(done.stdout)
+    assert {key: printed[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["audit", "t.yaml"], "rows: 3\nshare: .nan\nnotes:\n- ключ\n"),
+        (["init", "rows.csv"], "task: task.yaml\n"),
+        (["train", "t.yaml", "lora"], "path: runs/x\n"),
+    ],
+)
+def test_without_json_people_read_an_outline(cli, arguments, text):
+    assert cli(*arguments).stdout == text
+
+
+# --- what goes wrong
+
+
+def test_an_error_names_place_cause_and_remedy(cli):
+    done = cli("run", "bad.yaml")
+    assert done.exit_code == 2
+    assert "error: rows.csv:3: has a hole" in done.stderr
+    assert "remedy: fill it" in done.stderr
+    assert "Traceback" not in done.output
+    assert "\x1b" not in done.stderr, "data must not steer the terminal"
+    assert done.stdout == ""
+
+
+def test_an_error_is_json_too(cli):
+    done = cli("audit", "bad.yaml", "--json")
+    assert done.exit_code == 2
+    error = {"place": "rows.csv:3", "cause": "has a hole \x1b[31m", "remedy": "fill it"}
+    assert json.loads(done.stdout) == {"error": error}
+
+
+def test_a_full_disk_is_something_to_mend(cli):
+    done = cli("run", "full.yaml")
+    assert done.exit_code == 2
+    assert "/some/file: No space left on device" in done.stderr
+
+
+def test_a_fault_of_our_own_is_short_and_says_how_to_see_more(cli, monkeypatch):
+    done = cli("run", "crash.yaml")
+    assert done.exit_code == 1
+    assert "ZeroDivisionError: secret place" in done.stderr
+    assert "METIER_DEBUG=1" in done.stderr
+    assert "Traceback" not in done.stderr
+    monkeypatch.setenv("METIER_DEBUG", "1")
+    assert "Traceback" in cli("run", "crash.yaml").stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", [["run"], ["run", "a", "b"], ["nothing"], ["run", "t", "--budget", "x"]]
+)
+def test_wrong_usage(cli, arguments):
+    done = cli(*arguments)
+    assert done.exit_code == 2
+    assert "Usage" in done.stderr
+
+
+def test_interrupted_says_how_to_go_on(cli):
+    done = cli("run", "interrupt.yaml")
+    assert done.exit_code == 130
+    assert "the same command goes on from there" in done.stderr
+    assert "goes on" not in cli("audit", "interrupt.yaml").stderr
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_end_a_real_process(number, code):
+    process = metier_process("run", "sleep.yaml")
+    assert process.stdout.readline() == "asleep\n"
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=10)
+    assert process.returncode == code
+    assert "the same command goes on from there" in errors
+    assert "Traceback" not in errors
+
+
+def test_a_reader_that_goes_away_is_no_fault():
+    read, write = os.pipe()
+    os.close(read)
+    with metier_process_to(write) as process:
+        _, errors = process.communicate(timeout=10)
+    assert "Traceback" not in errors
+    assert "fault" not in errors
+
+
+def metier_process_to(descriptor):
+    command = [sys.executable, "-c", STUBBED, "plan", "t.yaml"]
+    process = subprocess.Popen(command, stdout=descriptor, stderr=subprocess.PIPE, text=True)
+    os.close(descriptor)
+    return process
+
+
+# --- serve and chat
+
+
+def test_serve_makes_a_key_and_shows_it_once(cli):
+    done = cli("serve", "runs/x", "--port", "9", "--allow-host", "box", "--json")
+    shown = json.loads(done.stdout)
+    name, run, arm, host, port, key, hosts = stub.calls[0]
+    assert (name, run, arm, host, port, hosts) == (
+        "serve",
+        Path("runs/x"),
+        None,
+        "127.0.0.1",
+        9,
+        ["box"],
+    )
+    assert shown["api_key"] == key
+    assert len(key) >= 43
+    cli("serve", "runs/x")
+    assert stub.calls[1][5] != key
+
+
+def test_serve_takes_a_key_from_the_environment_and_keeps_it_to_itself(cli, monkeypatch):
+    monkeypatch.setenv("METIER_API_KEY", "given-key")
+    done = cli("serve", "runs/x")
+    assert stub.calls[0][5] == "given-key"
+    assert "given-key" not in done.output
+    cli("serve", "runs/x", "--no-key")
+    assert stub.calls[1][5] is None
+
+
+def test_chat_answers_every_line(cli):
+    done = cli("chat", "runs/x", "--arm", "lora", input="one\n\n two \ncut\n")
+    assert stub.calls == [("specialist", Path("runs/x"), "lora")]
+    assert done.stdout == "ONE\nTWO\nCUT ... (cut at the length limit)\n"
+
+
+def test_chat_answers_in_json_lines(cli):
+    lines = cli("chat", "runs/x", "--json", input="one\ncut\n").stdout.splitlines()
+    answers = [json.loads(line) for line in lines]
+    assert [answer["text"] for answer in answers] == ["ONE", "CUT"]
+    assert [answer["finished"] for answer in answers] == [True, False]

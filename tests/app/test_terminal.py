@@ -1,0 +1,63 @@
+"""Progress where there is no terminal, and what text may reach one."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from metier.app import terminal
+
+
+def test_a_log_names_stages_progress_and_time_left(capsys, monkeypatch):
+    monkeypatch.setattr(terminal, "_LOG_SECONDS", -1.0)
+    with terminal.TerminalProgress() as progress:
+        progress.advance(1)
+        progress.stage("train [lora], seed 1", 3)
+        progress.advance(1, loss=1.23456, note="[red]")
+        progress.advance(1)
+        progress.say("held-out [x]")
+        progress.stage("score")
+        progress.advance(2)
+    out, errors = capsys.readouterr()
+    assert out == ""
+    lines = errors.splitlines()
+    assert lines[0] == "train [lora], seed 1 ..."
+    assert lines[1] == "  1/3  loss 1.235  note [red]"
+    assert lines[2].startswith("  2/3, 0:0")
+    assert lines[2].endswith("left")
+    assert lines[3:] == [
+        "held-out [x]",
+        "train [lora], seed 1: 0:00",
+        "score ...",
+        "  2",
+        "score: 0:00",
+    ]
+
+
+def test_an_interrupted_stage_is_not_called_done(capsys):
+    def work():
+        with terminal.TerminalProgress() as progress:
+            progress.stage("train", 3)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert capsys.readouterr().err == "train ...\n"
+
+
+@given(st.text())
+def test_no_text_steers_the_terminal(text):
+    shown = terminal.printable(text)
+    changed = [new for old, new in zip(text, shown, strict=True) if new != old]
+    assert set(changed) <= {"\N{REPLACEMENT CHARACTER}"}
+    assert "".join(shown.split("\n")).replace("\t", "").isprintable()
+
+
+def test_an_escape_sequence_is_made_visible():
+    assert terminal.printable("a\x1b[2Jb\rc\td") == "a\ufffd[2Jb\ufffdc\td"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (309, "5:09"), (3909, "1:05:09")]
+)
+def test_durations(seconds, text):
+    assert terminal.duration(seconds) == text
