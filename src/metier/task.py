@@ -122,8 +122,8 @@ class Training(Config):
     """Stop after this many evaluations without a better validation loss (0: never)."""
     max_length: Annotated[int, Field(gt=7)] = 1024
     """Longest example in tokens; a longer one is refused unless `too_long` says otherwise."""
-    too_long: Literal["refuse", "drop", "cut-input"] = "refuse"
-    """What to do with examples longer than `max_length`: answers are never cut."""
+    too_long: Literal["refuse", "drop"] = "refuse"
+    """What to do with training examples longer than `max_length`: answers are never cut."""
     lora: Lora = Lora()
     """Low-rank adapters."""
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0, 1, 2)

@@ -1,0 +1,47 @@
+"""Hidden states and output head of a causal language model, with or without an adapter."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+
+def inner(model: PreTrainedModel | PeftModel) -> Any:
+    """The Transformers model, adapter layers inside it included."""
+    return model.get_base_model() if hasattr(model, "peft_config") else model
+
+
+def hidden_states(model: PreTrainedModel | PeftModel, ids: Tensor) -> Tensor:
+    """Final hidden states, shape (rows, length, hidden), of right-padded ids.
+
+    No padding mask is needed: padding stands on the right, where causal attention never looks.
+    """
+    language_model = inner(model)
+    backbone: Any = getattr(language_model, language_model.base_model_prefix)
+    found: Tensor = backbone(input_ids=ids, use_cache=False).last_hidden_state
+    return found
+
+
+def output_weight(model: PreTrainedModel | PeftModel) -> Tensor | None:
+    """Weight of the output head, shape (vocabulary, hidden), when logits are just its product.
+
+    Some families scale or cap their logits; for them the answer is None.
+    """
+    head = inner(model).get_output_embeddings()
+    if not isinstance(head, torch.nn.Linear) or head.bias is not None:
+        return None
+    probe = torch.zeros((1, 2), dtype=torch.long, device=head.weight.device)
+    with torch.no_grad():
+        expected = inner(model)(input_ids=probe, use_cache=False).logits
+        found = head(hidden_states(model, probe))
+    return (
+        head.weight
+        if torch.allclose(expected.float(), found.float(), rtol=1e-3, atol=1e-3)
+        else None
+    )

@@ -1,0 +1,123 @@
+"""A classification head on a language model: one probability for each label of a closed set."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from metier.errors import ModelError
+from metier.model.backbone import hidden_states, inner
+from metier.records import Chat, Completion
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+    from metier.text.template import Renderer
+
+_WEIGHTS = "head.safetensors"
+_LABELS = "labels.json"
+_BATCH_TOKENS = 8192
+
+
+class Classifier(nn.Module):
+    """A language model with a linear head over its pooled hidden states.
+
+    The head sees the mean over the prompt and its last token, side by side. It starts at zero,
+    so training starts from equal probabilities.
+
+    Args:
+        model: a causal language model, with or without an adapter.
+        labels: the closed label set, in the order of the logits.
+
+    """
+
+    def __init__(self, model: PreTrainedModel | PeftModel, labels: Sequence[str]) -> None:
+        super().__init__()
+        self.model = model
+        self.labels = tuple(labels)
+        width = inner(model).config.get_text_config().hidden_size
+        self.head = nn.Linear(2 * width, len(self.labels)).to(model.device)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        """Logits, shape (rows, labels), of right-padded prompts.
+
+        Args:
+            ids: shape (rows, longest).
+            lengths: real tokens of each row, shape (rows,).
+
+        """
+        hidden = hidden_states(self.model, ids).float()
+        real = torch.arange(ids.shape[1], device=ids.device)[None, :] < lengths[:, None]
+        mean = (hidden * real[:, :, None]).sum(1) / lengths[:, None]
+        last = hidden[torch.arange(len(ids), device=ids.device), lengths - 1]
+        logits: Tensor = self.head(torch.cat((mean, last), dim=-1))
+        return logits
+
+
+class HeadGenerator:
+    """Answers with the likeliest label; satisfies `records.Generator`."""
+
+    def __init__(self, classifier: Classifier, renderer: Renderer) -> None:
+        self._classifier, self._renderer = classifier, renderer
+
+    def generate(self, chats: Sequence[Chat]) -> list[Completion]:
+        """The likeliest label of each chat with its probability."""
+        prompts = [self._renderer.prompt(chat) for chat in chats]
+        found: list[Completion | None] = [None] * len(prompts)
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        while order:
+            count = max(1, _BATCH_TOKENS // len(prompts[order[0]]))
+            batch, order = order[:count], order[count:]
+            chances = self._probabilities([prompts[i] for i in batch])
+            for place, row in zip(batch, chances, strict=True):
+                best = int(row.argmax())
+                found[place] = Completion(
+                    text=self._classifier.labels[best],
+                    prompt_tokens=len(prompts[place]),
+                    probability=float(row[best]),
+                )
+        return [completion for completion in found if completion is not None]
+
+    @torch.inference_mode()
+    def _probabilities(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        self._classifier.eval()
+        device = self._classifier.head.weight.device
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        ids = torch.zeros((len(prompts), int(lengths.max())), dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            ids[row, : len(prompt)] = torch.tensor(prompt)
+        return torch.softmax(self._classifier(ids.to(device), lengths.to(device)), dim=-1)
+
+
+def save_head(classifier: Classifier, directory: Path) -> None:
+    """Write the head and its labels beside the adapter or model."""
+    state = {
+        name: t.detach().cpu().contiguous() for name, t in classifier.head.state_dict().items()
+    }
+    save_file(state, directory / _WEIGHTS)
+    (directory / _LABELS).write_text(json.dumps(classifier.labels, ensure_ascii=False))
+
+
+def load_head(model: PreTrainedModel | PeftModel, directory: Path) -> Classifier:
+    """Put a saved head on a model.
+
+    Raises:
+        ModelError: the head is missing or does not fit the model.
+
+    """
+    try:
+        classifier = Classifier(model, json.loads((directory / _LABELS).read_text()))
+        classifier.head.load_state_dict(load_file(directory / _WEIGHTS))
+    except (OSError, ValueError, RuntimeError) as error:
+        cause = f"has no classification head that fits ({str(error).splitlines()[0]})"
+        raise ModelError(str(directory), cause, "train the arm again") from None
+    return classifier.eval()

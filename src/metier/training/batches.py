@@ -1,0 +1,120 @@
+"""Rows to optimiser steps: a random draw per step, cut into micro-batches of similar lengths.
+
+Which rows a step holds is a function of (seed, step) alone. Inside a step, rows are sorted by
+length and cut by a budget of tokens; since the loss is a sum over the whole step, the cut changes
+speed and memory, never the gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from metier.text.template import Rendered
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One training example as ids.
+
+    Attributes:
+        ids: shape (length,).
+        trained: which ids the loss looks at.
+        label: class for a classification head, else -1.
+
+    """
+
+    ids: tuple[int, ...]
+    trained: tuple[bool, ...]
+    label: int = -1
+
+    @classmethod
+    def of(cls, rendered: Rendered) -> Row:
+        """Row of a rendered example."""
+        return cls(rendered.ids, rendered.trained)
+
+
+@dataclass(frozen=True, slots=True)
+class PaddedBatch:
+    """Rows padded on the right, where causal attention never looks.
+
+    Attributes:
+        ids: shape (rows, longest).
+        trained: shape (rows, longest), never true on padding or in the first column.
+        lengths: shape (rows,).
+        labels: shape (rows,).
+        weight: trained tokens, or rows where a head is trained.
+        tokens: real tokens.
+
+    """
+
+    ids: Tensor
+    trained: Tensor
+    lengths: Tensor
+    labels: Tensor
+    weight: float
+    tokens: int
+
+
+def pad(rows: Sequence[Row], pad_id: int) -> PaddedBatch:
+    """Put rows into one batch."""
+    lengths = torch.tensor([len(row.ids) for row in rows])
+    ids = torch.full((len(rows), int(lengths.max())), pad_id)
+    trained = torch.zeros(ids.shape, dtype=torch.bool)
+    for place, row in enumerate(rows):
+        ids[place, : len(row.ids)] = torch.tensor(row.ids)
+        trained[place, : len(row.ids)] = torch.tensor(row.trained)
+    labels = torch.tensor([row.label for row in rows])
+    weight = float(len(rows)) if bool((labels >= 0).all()) else float(trained.sum())
+    return PaddedBatch(ids, trained, lengths, labels, weight, int(lengths.sum()))
+
+
+def cut(rows: Sequence[Row], budget: int, pad_id: int) -> list[PaddedBatch]:
+    """Sort rows by length and cut them into batches of at most `budget` padded tokens."""
+    ordered = sorted(rows, key=lambda row: len(row.ids), reverse=True)
+    batches = []
+    while ordered:
+        count = max(1, budget // len(ordered[0].ids))
+        batches.append(pad(ordered[:count], pad_id))
+        ordered = ordered[count:]
+    return batches
+
+
+class RowBatches:
+    """The steps of several passes over rows.
+
+    Args:
+        rows: the training part.
+        step_tokens: tokens of one optimiser step, about.
+        micro_tokens: padded tokens of one micro-batch, at most (one row may be longer).
+        seed: of the order.
+        pad_id: id to pad with.
+
+    """
+
+    def __init__(
+        self, rows: Sequence[Row], *, step_tokens: int, micro_tokens: int, seed: int, pad_id: int
+    ) -> None:
+        self._rows, self._micro, self._seed, self._pad = rows, micro_tokens, seed, pad_id
+        total = sum(len(row.ids) for row in rows)
+        self.steps_per_epoch = max(1, min(len(rows), math.ceil(total / step_tokens)))
+        self._order: tuple[int, list[int]] = (-1, [])
+
+    def step(self, index: int) -> list[PaddedBatch]:
+        """Micro-batches of step `index`: an equal share of a pass's random order."""
+        epoch, place = divmod(index, self.steps_per_epoch)
+        order = self._epoch_order(epoch)
+        start = place * len(order) // self.steps_per_epoch
+        end = (place + 1) * len(order) // self.steps_per_epoch
+        return cut([self._rows[i] for i in order[start:end]], self._micro, self._pad)
+
+    def _epoch_order(self, epoch: int) -> list[int]:
+        if self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
+            order = torch.randperm(len(self._rows), generator=generator).tolist()
+            self._order = (epoch, order)
+        return self._order[1]

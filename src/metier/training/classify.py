@@ -1,0 +1,81 @@
+"""Classification with a head: the language model reads, a linear layer names the label."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from metier.errors import TrainingError
+from metier.model.head import Classifier
+from metier.progress import Progress
+from metier.records import Example
+from metier.task import Training
+from metier.training.batches import PaddedBatch, Row
+from metier.training.sft import Trained, fit, mixed_precision
+
+
+def label_rows(
+    rows: Sequence[Row], examples: Sequence[Example], labels: Sequence[str]
+) -> list[Row]:
+    """Rows that end where the answer would begin, each with the place of its label.
+
+    Raises:
+        TrainingError: an example's label is not in the label set.
+
+    """
+    places = {label: place for place, label in enumerate(labels)}
+    found = []
+    for row, example in zip(rows, examples, strict=True):
+        if example.answer not in places:
+            raise TrainingError(
+                example.source or f"example {example.id}",
+                f"its label '{example.answer}' is not in the label set",
+                "add it to labels, or mend the row",
+            )
+        prompt = row.trained.index(True)
+        found.append(
+            replace(
+                row,
+                ids=row.ids[:prompt],
+                trained=row.trained[:prompt],
+                label=places[example.answer],
+            )
+        )
+    return found
+
+
+def classify(
+    classifier: Classifier,
+    train: Sequence[Row],
+    validation: Sequence[Row],
+    training: Training,
+    *,
+    learning_rate: float,
+    seed: int,
+    pad_id: int,
+    directory: Path | None = None,
+    progress: Progress | None = None,
+) -> Trained:
+    """Train head and language model on labelled rows; arguments as in `sft.sft`."""
+
+    def loss(batch: PaddedBatch) -> Tensor:
+        with mixed_precision(classifier):
+            logits = classifier(batch.ids, batch.lengths)
+        return F.cross_entropy(logits.float(), batch.labels, reduction="sum")
+
+    return fit(
+        classifier,
+        loss,
+        train,
+        validation,
+        training,
+        learning_rate=learning_rate,
+        seed=seed,
+        pad_id=pad_id,
+        directory=directory,
+        progress=progress,
+    )

@@ -1,0 +1,179 @@
+"""Supervised fine-tuning: learn the answers, full or with an adapter.
+
+The loss is next-token cross-entropy on the answer and its stop token only. The model is trained
+in place and keeps the parameters of its best validation loss. Left out on purpose here:
+classification heads (`classify`), preferences.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from metier.model.backbone import hidden_states, inner, output_weight
+from metier.progress import Progress, Silent
+from metier.task import Training
+from metier.training.batches import PaddedBatch, Row, RowBatches, cut
+from metier.training.loop import Loop, Plan, State, cosine
+from metier.training.losses import linear_cross_entropy
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+    Model = PreTrainedModel | PeftModel
+
+# "LoRA Without Regret" (Schulman et al. 2025): LoRA wants about ten times the rate of full tuning.
+LEARNING_RATES = {"lora": 2e-3, "full": 3e-4}
+_MICRO_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Trained:
+    """How a training went.
+
+    Attributes:
+        state: steps, best loss, learning curve.
+        seconds: wall time of this process's part of it.
+
+    """
+
+    state: State
+    seconds: float
+
+
+def sft(
+    model: Model,
+    train: Sequence[Row],
+    validation: Sequence[Row],
+    training: Training,
+    *,
+    learning_rate: float,
+    seed: int,
+    pad_id: int,
+    directory: Path | None = None,
+    progress: Progress | None = None,
+) -> Trained:
+    """Train the parameters of `model` that require gradients on the answers of `train`.
+
+    Args:
+        model: a causal language model; frozen weights may be in bfloat16.
+        train: rows, checked by `preflight.prepare`.
+        validation: rows on which early stopping decides.
+        training: epochs, batch size, schedule, patience.
+        learning_rate: peak.
+        seed: of the order and of dropout.
+        pad_id: id to pad with.
+        directory: receives checkpoints and the log; an interrupted run goes on from there.
+        progress: is told every step.
+
+    Raises:
+        TrainingError: the gradient was not finite three times in a row.
+
+    """
+    return fit(
+        model,
+        answer_loss(model),
+        train,
+        validation,
+        training,
+        learning_rate=learning_rate,
+        seed=seed,
+        pad_id=pad_id,
+        directory=directory,
+        progress=progress,
+    )
+
+
+def fit(
+    model: torch.nn.Module,
+    loss: Callable[[PaddedBatch], Tensor],
+    train: Sequence[Row],
+    validation: Sequence[Row],
+    training: Training,
+    *,
+    learning_rate: float,
+    seed: int,
+    pad_id: int,
+    directory: Path | None,
+    progress: Progress | None,
+) -> Trained:
+    """Run the loop over rows with AdamW, a cosine and early stopping once a pass."""
+    began = time.monotonic()
+    batches = RowBatches(
+        train,
+        step_tokens=training.batch_tokens,
+        micro_tokens=min(_MICRO_TOKENS, training.batch_tokens),
+        seed=seed,
+        pad_id=pad_id,
+    )
+    steps = batches.steps_per_epoch * training.epochs
+    plan = Plan(
+        steps=steps,
+        schedule=cosine(steps, training.warmup),
+        seed=seed,
+        evaluate_every=batches.steps_per_epoch,
+        patience=training.patience,
+    )
+    held_out = cut(validation, _MICRO_TOKENS, pad_id)
+    weight = sum(part.weight for part in held_out)
+
+    def evaluate() -> dict[str, float]:
+        return {"loss": sum(loss(part).item() for part in held_out) / weight}
+
+    loop = Loop(
+        model,
+        loss,
+        batches,
+        [_adamw(model, learning_rate, training.weight_decay)],
+        plan,
+        directory=directory,
+        evaluate=evaluate if held_out else None,
+        progress=progress or Silent(),
+    )
+    return Trained(loop.run(), time.monotonic() - began)
+
+
+def answer_loss(model: Model) -> Callable[[PaddedBatch], Tensor]:
+    """Sum of cross-entropies over a batch's trained tokens, through the head only where needed."""
+    weight = output_weight(model)
+    head = inner(model).get_output_embeddings()
+
+    def loss(batch: PaddedBatch) -> Tensor:
+        picked = batch.trained[:, 1:]
+        targets = batch.ids[:, 1:][picked]
+        with mixed_precision(model):
+            if weight is None:
+                logits = inner(model)(input_ids=batch.ids[:, :-1], use_cache=False).logits
+                return F.cross_entropy(logits[picked].float(), targets, reduction="sum")
+            hidden = hidden_states(model, batch.ids[:, :-1])[picked]
+            return linear_cross_entropy(hidden, head.weight, targets)
+
+    return loss
+
+
+def mixed_precision(model: torch.nn.Module) -> torch.autocast:
+    """Compute in bfloat16 where the device does natively; trained weights stay in float32."""
+    from metier.model.device import compute_dtype
+
+    device = next(model.parameters()).device
+    wide = all(p.dtype in (torch.float32, torch.bfloat16) for p in model.parameters())
+    native = compute_dtype(device) is torch.bfloat16
+    return torch.autocast(device.type, torch.bfloat16, enabled=wide and native)
+
+
+def _adamw(model: torch.nn.Module, rate: float, weight_decay: float) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter 2019) with decay on matrices only."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=rate, fused=True)
