@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-import numpy as np
-
 from metier.errors import ConfigError, DataError
 from metier.evaluation import statistics
 from metier.evaluation.schema import ArmResult, Estimate, Forgotten, SeedResult
-from metier.task import SIMPLER_METHODS, Arm
+from metier.task import METHODS, SIMPLER_METHODS, Arm
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Measured:
     """What the runner measured of one arm.
 
@@ -22,7 +20,8 @@ class Measured:
         scores: between 0 and 1 on the sealed test part, shape (seeds, examples); one row for an
             arm that is not trained with seeds.
         validation: the same on the validation part, shape (seeds, validation examples).
-        latencies: seconds of single requests, one after the other.
+        latency_p50: seconds for one request alone, median.
+        latency_p95: the same, 95th percentile.
         prompt_tokens: mean per request.
         completion_tokens: mean per request.
         metrics: further metrics of the task.
@@ -39,7 +38,8 @@ class Measured:
     arm: Arm
     scores: statistics.Floats
     validation: statistics.Floats
-    latencies: Sequence[float]
+    latency_p50: float
+    latency_p95: float
     prompt_tokens: float = 0.0
     completion_tokens: float = 0.0
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -61,7 +61,7 @@ class Measured:
         return self.arm.method in SIMPLER_METHODS
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Compared:
     """One arm against the reference; for the reference itself all comparisons are None.
 
@@ -73,7 +73,10 @@ class Compared:
         p_adjusted: its p-value, Holm-corrected; tuned arms only.
         p_margin: Holm-corrected one-sided p-value of 'the gain is at most the margin'.
         adjusted_low: Holm-adjusted lower bound of the gain.
-        not_beaten: simpler arms whose test score it does not exceed by the margin.
+        proven: whether that bound is above the margin and `p_adjusted` below 5 %: on few clusters
+            the bound, from Student's t, alone would be too hopeful.
+        not_beaten: simpler arms beside the reference whose test score it does not exceed by more
+            than the margin.
         cost: of 1,000 requests.
         break_even: requests after which all trainings of this arm have paid for themselves.
 
@@ -86,6 +89,7 @@ class Compared:
     p_adjusted: float | None = None
     p_margin: float | None = None
     adjusted_low: float | None = None
+    proven: bool = False
     not_beaten: tuple[str, ...] = ()
     cost: float = 0.0
     break_even: float | None = None
@@ -100,12 +104,14 @@ class Compared:
         """Abilities that are not proven to be kept within their tolerance."""
         return tuple(part for part in self.measured.forgetting if not part.holds)
 
+    @property
+    def qualifies(self) -> bool:
+        """Whether the rule allows this arm to be shipped."""
+        return self.proven and not self.forgot and not self.not_beaten
+
 
 def choose_reference(arms: Sequence[Measured]) -> Measured:
     """The simpler arm with the best validation score.
-
-    Of equals, the one that reads and writes fewer tokens, then the one listed first in
-    `SIMPLER_METHODS`.
 
     Raises:
         ConfigError: there is no simpler arm.
@@ -118,14 +124,15 @@ def choose_reference(arms: Sequence[Measured]) -> Measured:
             "hold no simpler arm to compare with",
             f"add one of {', '.join(SIMPLER_METHODS)}",
         )
-    return min(simpler, key=_reference_order)
+    return min(simpler, key=by_validation)
 
 
-def _reference_order(arm: Measured) -> tuple[float, float, int, str]:
+def by_validation(arm: Measured) -> tuple[float, float, int, str]:
+    """Sort key, best first; of equals, the one that reads and writes fewer tokens."""
     return (
         -round(arm.validation_score, 9),
         arm.prompt_tokens + arm.completion_tokens,
-        SIMPLER_METHODS.index(arm.arm.method),
+        METHODS.index(arm.arm.method),
         arm.arm.name,
     )
 
@@ -150,8 +157,12 @@ def compare(
         _check(arm, len(clusters))
     reference = choose_reference(arms)
     found = [_against(arm, reference, clusters, machine_hour) for arm in arms]
-    simpler = {each.name: each.score.mean for each in found if each.measured.simpler}
-    found = [replace(each, not_beaten=_not_beaten(each, simpler, margin)) for each in found]
+    others = {
+        each.name: each.score.mean
+        for each in found
+        if each.measured.simpler and each.measured is not reference
+    }
+    found = [replace(each, not_beaten=_not_beaten(each, others, margin)) for each in found]
     return _corrected(found, margin)
 
 
@@ -191,17 +202,17 @@ def _against(
 
 
 def _cost_per_1000(arm: Measured, machine_hour: float) -> float:
-    """Price of 1,000 requests answered one after the other."""
+    """Price of 1,000 requests answered one after the other, each in the median time."""
     if arm.token_prices is not None:
         prompt, completion = arm.token_prices
         return (arm.prompt_tokens * prompt + arm.completion_tokens * completion) / 1_000
-    return float(np.mean(arm.latencies)) * 1_000 / 3_600 * machine_hour
+    return arm.latency_p50 * 1_000 / 3_600 * machine_hour
 
 
-def _not_beaten(each: Compared, simpler: Mapping[str, float], margin: float) -> tuple[str, ...]:
+def _not_beaten(each: Compared, others: Mapping[str, float], margin: float) -> tuple[str, ...]:
     if not each.measured.arm.tuned:
         return ()
-    return tuple(name for name, score in simpler.items() if each.score.mean - score <= margin)
+    return tuple(name for name, score in others.items() if each.score.mean - score <= margin)
 
 
 def _corrected(found: list[Compared], margin: float) -> list[Compared]:
@@ -211,11 +222,15 @@ def _corrected(found: list[Compared], margin: float) -> list[Compared]:
     p_values = statistics.holm([each.tested.p_value for each in tuned if each.tested])
     margins = statistics.holm([difference.p_at_most(margin) for difference in differences])
     lows = statistics.holm_low(differences)
-    corrected = {
-        each.name: replace(each, p_adjusted=p, p_margin=p_margin, adjusted_low=max(low, -1.0))
-        for each, p, p_margin, low in zip(tuned, p_values, margins, lows, strict=True)
-    }
-    return [corrected.get(each.name, each) for each in found]
+    for each, p, p_margin, low in zip(tuned, p_values, margins, lows, strict=True):
+        found[found.index(each)] = replace(
+            each,
+            p_adjusted=p,
+            p_margin=p_margin,
+            adjusted_low=max(low, -1.0),
+            proven=low > margin and p < 2 * statistics.LEVEL,
+        )
+    return found
 
 
 def arm_result(each: Compared, notes: Sequence[str]) -> ArmResult:
@@ -238,8 +253,8 @@ def arm_result(each: Compared, notes: Sequence[str]) -> ArmResult:
         adjusted_low=each.adjusted_low,
         test=each.tested.test if each.tested else "",
         seeds=measured.seeds,
-        latency_p50=float(np.percentile(measured.latencies, 50)),
-        latency_p95=float(np.percentile(measured.latencies, 95)),
+        latency_p50=measured.latency_p50,
+        latency_p95=measured.latency_p95,
         prompt_tokens=measured.prompt_tokens,
         completion_tokens=measured.completion_tokens,
         training_seconds=measured.training_seconds,

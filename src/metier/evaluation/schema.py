@@ -59,10 +59,15 @@ class ArmResult(Config):
     difference: Estimate | None = None
     """Paired difference to the reference; None for the reference itself."""
     p_value: float | None = None
+    """Two-sided, of 'no difference to the reference'."""
     p_adjusted: float | None = None
-    """Holm-corrected over the tuned arms."""
+    """`p_value`, Holm-corrected over the tuned arms; None for other arms."""
+    p_margin: float | None = None
+    """One-sided, of 'the gain is at most the margin', Holm-corrected over the tuned arms: below
+    0.025 exactly when `adjusted_low` is above the margin."""
     adjusted_low: float | None = None
-    """Holm-adjusted lower bound of the difference to the reference."""
+    """Holm-adjusted lower bound of the difference to the reference, for one-sided error 2.5 % over
+    all tuned arms: the largest margin this arm would clear."""
     test: str = ""
     """Which test gave the p-value."""
     seeds: tuple[SeedResult, ...] = ()
@@ -117,7 +122,14 @@ class Verdict(Config):
     """Why each tuned arm was or was not shipped."""
     what_would_change: tuple[str, ...] = ()
     """What would change the answer: test examples needed, seeds, tolerance."""
+    notes: tuple[str, ...] = ()
+    """Plain words on how far the answer can be trusted: a small test part, a test part opened
+    before, few seeds, a base that cannot follow prompts."""
+    contender: str = ""
+    """The tuned arm the decision turned on: the one shipped, else the one nearest to it; empty
+    where none was tuned."""
     margin: float
+    """What the gain of a tuned arm must exceed, as a share of 1."""
     currency: str
     data: DataSummary
     arms: tuple[ArmResult, ...]

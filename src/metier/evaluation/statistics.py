@@ -28,6 +28,7 @@ LEVEL = 0.025
 POWER = 0.8
 _ENUMERATE = 12
 _DRAWS = 9_999
+_LEAST_DIFFERING = 4
 _MOST_EXAMPLES = 1_000_000
 _MOST_SEEDS = 20
 
@@ -64,6 +65,11 @@ class Effect:
     def error(self) -> float:
         """Standard error of the mean."""
         return math.sqrt(self.examples_variance + self.seeds_variance)
+
+    @property
+    def training_variance(self) -> float:
+        """The part of `seeds_variance` that only more seeds would lessen."""
+        return max(self.seeds_variance - self.mixed_variance, 0.0)
 
     @property
     def df(self) -> float:
@@ -185,8 +191,9 @@ def mean_score(scores: Floats, clusters: Sequence[Hashable]) -> Estimate:
 def paired_difference(scores: Floats, reference: Floats, clusters: Sequence[Hashable]) -> Effect:
     """Mean difference of two arms on the same examples.
 
-    The examples' variance is taken as if at least four clusters differed by a whole point (the
-    pseudo-counts of Agresti and Coull 1998), so equal answers do not give certainty.
+    Where fewer than four clusters differ, the examples' variance is taken as if four did, each by
+    a whole point (after the four pseudo-observations of Agresti and Coull 1998): equal answers do
+    not give certainty.
 
     Args:
         scores: of the arm, between 0 and 1, shape (seeds, examples).
@@ -194,9 +201,11 @@ def paired_difference(scores: Floats, reference: Floats, clusters: Sequence[Hash
         clusters: the cluster of each example.
 
     """
-    found = effect(scores - reference.mean(axis=0), clusters)
-    least = 4 / (found.examples_df + 1) ** 2
-    return replace(found, examples_variance=max(found.examples_variance, least))
+    differences = scores - reference.mean(axis=0)
+    found = effect(differences, clusters)
+    differing = len(set(cluster_index(clusters)[(differences != 0).any(axis=0)]))
+    missing = max(_LEAST_DIFFERING - differing, 0) / (found.examples_df + 1) ** 2
+    return replace(found, examples_variance=found.examples_variance + missing)
 
 
 def difference_interval(difference: Effect) -> Estimate:
@@ -315,14 +324,19 @@ def non_inferior(loss: Estimate, tolerance: float) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Needed:
-    """The test that would settle a question with a power of 80 %.
+    """The test that would prove a gain with a power of 80 %.
 
-    `examples` is None where no number of them up to a million would do, or up to 20 seeds;
-    `seeds` is above the number used where more examples alone cannot help.
+    Attributes:
+        alone: test examples needed with the seeds there are; None where no number will do.
+        seeds: seeds of the least work that will do, counted in graded answers; None where not even
+            20 seeds and a million test examples will do.
+        examples: test examples of the least work that will do; None likewise.
+
     """
 
+    alone: int | None
+    seeds: int | None
     examples: int | None
-    seeds: int
 
 
 def detectable_gain(found: Effect, level: float = LEVEL) -> float:
@@ -331,9 +345,10 @@ def detectable_gain(found: Effect, level: float = LEVEL) -> float:
 
 
 def needed_to_decide(found: Effect, margin: float, level: float = LEVEL) -> Needed:
-    """Size of the test that would ship, with 80 % power, a true gain equal to the one seen.
+    """Size of the test that would prove, with 80 % power, a true gain equal to the one seen.
 
     Variances are those seen: discordance, correlation inside clusters and spread of the seeds.
+    Where the spread of the seeds is what counts, more examples do not help and more seeds do.
 
     Args:
         found: the paired difference seen.
@@ -341,13 +356,22 @@ def needed_to_decide(found: Effect, margin: float, level: float = LEVEL) -> Need
         level: one-sided error, already divided by the number of arms compared.
 
     """
-    if found.mean <= margin:
-        return Needed(None, found.seeds)
-    for seeds in range(found.seeds, (_MOST_SEEDS if found.seeds > 1 else 1) + 1):
-        for examples in _sizes(found.examples):
-            if _enough(found, margin, level, examples, seeds):
-                return Needed(examples, seeds)
-    return Needed(None, found.seeds)
+    most = _MOST_SEEDS if found.seeds > 1 else 1
+    plans = [(_fewest(found, margin, level, n), n) for n in range(found.seeds, most + 1)]
+    able = [(examples * seeds, seeds, examples) for examples, seeds in plans if examples]
+    _, seeds, examples = min(able, default=(0, None, None))
+    return Needed(plans[0][0] if plans else None, seeds, examples)
+
+
+def _fewest(found: Effect, margin: float, level: float, seeds: int) -> int | None:
+    """The smallest test part that will do; more may not: few seeds then decide the bound."""
+    if found.mean <= margin or math.isinf(found.error):
+        return None
+    for examples in _sizes(found.examples):
+        planned = _resized(found, examples, seeds)
+        if found.mean - margin >= detectable_gain(planned, level):
+            return examples
+    return None
 
 
 def _sizes(examples: int) -> Iterator[int]:
@@ -358,11 +382,6 @@ def _sizes(examples: int) -> Iterator[int]:
         size *= 1.1
 
 
-def _enough(found: Effect, margin: float, level: float, examples: int, seeds: int) -> bool:
-    planned = _resized(found, examples, seeds)
-    return found.mean - margin >= _reach(planned, level) * planned.error
-
-
 def _reach(found: Effect, level: float) -> float:
     """Standard errors between the margin and a gain that is found with 80 % power."""
     return _t_quantile(found.df, level) + _t_quantile(found.df, 1 - POWER)
@@ -371,12 +390,13 @@ def _reach(found: Effect, level: float) -> float:
 def _resized(found: Effect, examples: int, seeds: int) -> Effect:
     """The effect as it would look with another number of examples and seeds."""
     shrink = found.examples / examples
-    training = max(found.seeds_variance - found.mixed_variance, 0.0)
     return replace(
         found,
         examples_variance=found.examples_variance * shrink,
         examples_df=max(found.examples_df / shrink, 1.0),
-        seeds_variance=(training + found.mixed_variance * shrink) * found.seeds / seeds,
+        seeds_variance=(found.training_variance + found.mixed_variance * shrink)
+        * found.seeds
+        / seeds,
         mixed_variance=found.mixed_variance * shrink * found.seeds / seeds,
         seeds=seeds,
         examples=examples,

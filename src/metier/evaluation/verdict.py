@@ -1,0 +1,119 @@
+"""The decision: ship a tuned arm, or use the best simpler one. The rule in words is `explain.rule`.
+
+What an arm scored comes from the runner as `Measured`, numbers are compared in `comparison`, and
+this module applies the rule. Chosen on validation: the reference, and the winner among tuned arms
+that qualify. Judged on the sealed test part: whether a tuned arm qualifies.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Iterable, Sequence
+
+from metier.evaluation import explain
+from metier.evaluation.comparison import (
+    Compared,
+    Measured,
+    arm_result,
+    by_validation,
+    choose_reference,
+    compare,
+)
+from metier.evaluation.explain import Chance, Outcome
+from metier.evaluation.schema import DataSummary, Verdict
+from metier.evaluation.units import percent
+from metier.task import Task
+
+
+def decide(
+    task: Task,
+    arms: Sequence[Measured],
+    *,
+    clusters: Sequence[Hashable],
+    expected: Sequence[str],
+    labels: Sequence[str],
+    data: DataSummary,
+) -> Verdict:
+    """Compare the arms and decide between them.
+
+    Args:
+        task: gives name, kind, margin, price of a machine hour and currency.
+        arms: what was measured of each arm, at least one of them a simpler one.
+        clusters: the cluster of each test example; examples of a cluster are not independent.
+        expected: the expected answer of each test example.
+        labels: the closed label set of a classification, else empty.
+        data: what the arms were trained and judged on.
+
+    Returns:
+        the verdict, but for `command`, `made`, `seconds` and `versions`, which the caller knows.
+
+    Raises:
+        ConfigError: there is no simpler arm to compare with.
+        DataError: scores are missing, not numbers, or outside 0 to 1.
+
+    """
+    compared = compare(arms, clusters, task.margin, task.machine_hour)
+    reference = choose_reference(arms)
+    winner = choose_winner(compared)
+    outcome = Outcome(
+        kind=task.kind,
+        margin=task.margin,
+        currency=task.currency,
+        data=data,
+        chance=chance(task, expected, labels),
+        arms=tuple(compared),
+        reference=next(each for each in compared if each.measured is reference),
+        winner=winner,
+        contender=winner or _nearest(compared),
+    )
+    return _verdict(task, outcome)
+
+
+def choose_winner(compared: Iterable[Compared]) -> Compared | None:
+    """Of the tuned arms that may be shipped, the best on validation."""
+    return _best(each for each in compared if each.qualifies)
+
+
+def _nearest(compared: Sequence[Compared]) -> Compared | None:
+    """The tuned arm to speak of: one that is barred though proven, else best on validation."""
+    proven = _best(each for each in compared if each.proven)
+    return proven or _best(each for each in compared if each.measured.arm.tuned)
+
+
+def _best(arms: Iterable[Compared]) -> Compared | None:
+    return min(arms, key=lambda each: by_validation(each.measured), default=None)
+
+
+def chance(task: Task, expected: Sequence[str], labels: Sequence[str]) -> Chance:
+    """What answers without understanding would score on the test part."""
+    if task.kind != "classification" or not expected:
+        level = explain.NEAR_ZERO
+        return Chance(level, f"giving no useful answer ({percent(level)} or less)", level)
+    commonest = Counter(expected).most_common(1)[0][1] / len(expected)
+    guessing = 1 / max(len(labels), len(set(expected)))
+    if guessing > commonest:
+        words = f"guessing among {len(labels)} labels ({percent(guessing)})"
+        return Chance(guessing, words, guessing)
+    words = f"always answering the commonest label ({percent(commonest)})"
+    return Chance(commonest, words, guessing)
+
+
+def _verdict(task: Task, outcome: Outcome) -> Verdict:
+    chosen = outcome.winner or outcome.reference
+    return Verdict(
+        task=task.name,
+        kind=task.kind,
+        decision="ship" if outcome.winner else "use-simpler",
+        arm=chosen.name,
+        reference=outcome.reference.name,
+        contender=outcome.contender.name if outcome.contender else "",
+        headline=explain.headline(outcome),
+        rule=explain.rule(task.margin),
+        reasons=explain.reasons(outcome),
+        what_would_change=explain.what_would_change(outcome),
+        notes=explain.cautions(outcome),
+        margin=task.margin,
+        currency=task.currency,
+        data=outcome.data,
+        arms=tuple(arm_result(each, explain.arm_notes(each, outcome)) for each in outcome.arms),
+    )
