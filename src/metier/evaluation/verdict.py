@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 
-from metier.evaluation import explain
+from metier.evaluation import advice, explain
 from metier.evaluation.comparison import (
     Compared,
     Measured,
@@ -19,10 +19,13 @@ from metier.evaluation.comparison import (
     choose_reference,
     compare,
 )
-from metier.evaluation.explain import Chance, Outcome
+from metier.evaluation.phrases import Chance, Outcome
 from metier.evaluation.schema import DataSummary, Verdict
 from metier.evaluation.units import percent
 from metier.task import Task
+
+_NEAR_ZERO = 0.02
+"""A mean score up to this, where there are no labels to guess from, is as good as nothing."""
 
 
 def decide(
@@ -87,7 +90,7 @@ def _best(arms: Iterable[Compared]) -> Compared | None:
 def chance(task: Task, expected: Sequence[str], labels: Sequence[str]) -> Chance:
     """What answers without understanding would score on the test part."""
     if task.kind != "classification" or not expected:
-        level = explain.NEAR_ZERO
+        level = _NEAR_ZERO
         return Chance(level, f"giving no useful answer ({percent(level)} or less)", level)
     commonest = Counter(expected).most_common(1)[0][1] / len(expected)
     guessing = 1 / max(len(labels), len(set(expected)))
@@ -110,10 +113,10 @@ def _verdict(task: Task, outcome: Outcome) -> Verdict:
         headline=explain.headline(outcome),
         rule=explain.rule(task.margin),
         reasons=explain.reasons(outcome),
-        what_would_change=explain.what_would_change(outcome),
-        notes=explain.cautions(outcome),
+        what_would_change=advice.what_would_change(outcome),
+        notes=advice.cautions(outcome),
         margin=task.margin,
         currency=task.currency,
         data=outcome.data,
-        arms=tuple(arm_result(each, explain.arm_notes(each, outcome)) for each in outcome.arms),
+        arms=tuple(arm_result(each, advice.arm_notes(each, outcome)) for each in outcome.arms),
     )
