@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from metier.errors import DataError, RunError
+from metier.evaluation.classical import STRENGTHS, Classical
+from metier.records import Example
+from metier.retrieval.lexical import tokenize
+
+LABELS = 8
+
+
+def _example(text: str, answer: str) -> Example:
+    return Example(
+        text, ({"role": "user", "content": text}, {"role": "assistant", "content": answer})
+    )
+
+
+@pytest.fixture(scope="module")
+def parts(data_dir: Path) -> tuple[list[Example], list[Example], list[Example]]:
+    """Eight intents of BANKING77's training file: three parts, every label in each."""
+    with (data_dir / "banking77" / "train.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    kept = sorted({row["category"] for row in rows})[:LABELS]
+    examples = [_example(r["text"], r["category"]) for r in rows if r["category"] in kept]
+    train = [example for at, example in enumerate(examples) if at % 5 > 1]
+    return train, examples[::5], examples[1::5]
+
+
+@pytest.fixture(scope="module")
+def fitted(parts: tuple[list[Example], list[Example], list[Example]]) -> Classical:
+    return Classical.fit(parts[0], parts[1])
+
+
+def _accuracy(model: Classical, examples: list[Example]) -> float:
+    answers = model.generate([example.prompt for example in examples])
+    return float(np.mean([a.text == e.answer for a, e in zip(answers, examples, strict=True)]))
+
+
+def test_it_is_a_strong_baseline_on_real_intents(
+    fitted: Classical, parts: tuple[list[Example], list[Example], list[Example]]
+) -> None:
+    assert len(fitted.labels) == LABELS
+    assert _accuracy(fitted, parts[2]) > 0.95
+
+
+def test_it_learns_from_the_labels(
+    parts: tuple[list[Example], list[Example], list[Example]],
+) -> None:
+    train, validation, test = parts
+    shuffled = np.random.default_rng(0).permutation([example.answer for example in train])
+    pairs = zip(train, shuffled, strict=True)
+    blind = Classical.fit([_example(e.input, str(label)) for e, label in pairs], validation)
+    assert _accuracy(blind, test) < 0.5
+
+
+def test_probabilities_are_those_of_a_plain_scikit_learn_pipeline(
+    fitted: Classical, parts: tuple[list[Example], list[Example], list[Example]]
+) -> None:
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.multiclass import OneVsRestClassifier
+    from sklearn.pipeline import make_pipeline, make_union
+
+    words = TfidfVectorizer(
+        analyzer=lambda text: [
+            " ".join(tokenize(text)[at : at + n])
+            for n in (1, 2)
+            for at in range(len(tokenize(text)) - n + 1)
+        ],
+        sublinear_tf=True,
+    )
+    characters = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True)
+    peer = make_pipeline(
+        make_union(words, characters),
+        OneVsRestClassifier(LogisticRegression(C=fitted.strength, solver="liblinear")),
+    )
+    peer.fit([e.input for e in parts[0]], [e.answer for e in parts[0]])
+    texts = [example.input for example in parts[2]]
+    assert peer.classes_.tolist() == list(fitted.labels)
+    np.testing.assert_allclose(fitted.probabilities(texts), peer.predict_proba(texts), atol=1e-4)
+
+
+def test_probabilities_sum_to_one_and_the_answer_is_the_largest(fitted: Classical) -> None:
+    texts = ["my card", "", "?!", "天気", "x " * 5000]
+    rows = fitted.probabilities(texts)
+    assert rows.sum(axis=1) == pytest.approx(1)
+    answers = fitted.generate([[{"role": "user", "content": text}] for text in texts])
+    assert [answer.probability for answer in answers] == pytest.approx(rows.max(axis=1))
+    assert fitted.generate([]) == []
+
+
+def test_validation_chooses_the_strength(
+    fitted: Classical,
+    parts: tuple[list[Example], list[Example], list[Example]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert fitted.strength in STRENGTHS
+    seen = {1.0: 0.4, 10.0: 0.9, 100.0: 0.9}
+    monkeypatch.setattr(Classical, "_accuracy", lambda self, examples: seen[self.strength])
+    assert Classical.fit(parts[0][::8], parts[1]).strength == 10.0
+
+
+def test_training_twice_gives_the_same(
+    fitted: Classical, parts: tuple[list[Example], list[Example], list[Example]]
+) -> None:
+    again = Classical.fit(parts[0], parts[1])
+    texts = [example.input for example in parts[2]]
+    assert np.array_equal(again.probabilities(texts), fitted.probabilities(texts))
+
+
+def test_what_was_saved_answers_the_same(
+    fitted: Classical,
+    parts: tuple[list[Example], list[Example], list[Example]],
+    tmp_path: Path,
+) -> None:
+    fitted.save(tmp_path)
+    loaded = Classical.load(tmp_path)
+    prompts = [example.prompt for example in parts[2]]
+    assert loaded.generate(prompts) == fitted.generate(prompts)
+    assert (loaded.labels, loaded.strength) == (fitted.labels, fitted.strength)
+
+
+@pytest.mark.parametrize("name", ["classical.json", "classical.safetensors"])
+def test_damaged_files_are_refused(fitted: Classical, tmp_path: Path, name: str) -> None:
+    fitted.save(tmp_path)
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:50])
+    with pytest.raises(RunError, match="no whole classical model"):
+        Classical.load(tmp_path)
+
+
+def test_two_labels_are_enough_and_one_is_not() -> None:
+    two = [_example("good day", "yes"), _example("bad night", "no")] * 4
+    assert _accuracy(Classical.fit(two, two), two) == 1.0
+    with pytest.raises(DataError, match="1 different labels"):
+        Classical.fit(two[::2], two)
+
+
+def test_training_inputs_without_words_are_refused() -> None:
+    silent = [_example("", "yes"), _example("…", "no")]
+    with pytest.raises(DataError, match="holds no words"):
+        Classical.fit(silent, silent)
