@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 def inner(model: PreTrainedModel | PeftModel) -> Any:
     """The Transformers model, adapter layers inside it included."""
-    return model.get_base_model() if hasattr(model, "peft_config") else model
+    wrapped: Any = model
+    return wrapped.get_base_model() if hasattr(model, "peft_config") else model
 
 
 def hidden_states(model: PreTrainedModel | PeftModel, ids: Tensor) -> Tensor:

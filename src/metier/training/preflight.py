@@ -18,12 +18,14 @@ class Prepared:
 
     Attributes:
         rows: as ids.
+        examples: behind the rows.
         sample: one example as text, its trained tokens between ⟦ and ⟧.
         dropped: rows left out, by reason.
 
     """
 
     rows: list[Row]
+    examples: list[Example]
     sample: str
     dropped: dict[str, int] = field(default_factory=dict)
 
@@ -44,19 +46,21 @@ def prepare(
 
     """
     longest = min(training.max_length, limit or training.max_length)
-    rows, dropped = [], 0
+    rows: list[Row] = []
+    kept: list[Example] = []
     for example in examples:
         row = _render(example, renderer)
         if len(row.ids) > longest:
             if training.too_long != "drop":
                 raise _too_long(example, len(row.ids), longest)
-            dropped += 1
             continue
         rows.append(row)
+        kept.append(example)
     if not rows:
         raise TrainingError("training part", "has no row to train on", "give more examples")
-    shown = renderer.show(renderer.example(examples[0].messages, examples[0].tools))
-    return Prepared(rows, shown, {"too long": dropped} if dropped else {})
+    shown = renderer.show(renderer.example(kept[0].messages, kept[0].tools))
+    dropped = len(examples) - len(kept)
+    return Prepared(rows, kept, shown, {"too long": dropped} if dropped else {})
 
 
 def _render(example: Example, renderer: Renderer) -> Row:

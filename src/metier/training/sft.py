@@ -107,13 +107,7 @@ def fit(
 ) -> Trained:
     """Run the loop over rows with AdamW, a cosine and early stopping once a pass."""
     began = time.monotonic()
-    batches = RowBatches(
-        train,
-        step_tokens=training.batch_tokens,
-        micro_tokens=min(_MICRO_TOKENS, training.batch_tokens),
-        seed=seed,
-        pad_id=pad_id,
-    )
+    batches = row_batches(train, training, seed=seed, pad_id=pad_id)
     steps = batches.steps_per_epoch * training.epochs
     plan = Plan(
         steps=steps,
@@ -139,6 +133,17 @@ def fit(
         progress=progress or Silent(),
     )
     return Trained(loop.run(), time.monotonic() - began)
+
+
+def row_batches(rows: Sequence[Row], training: Training, *, seed: int, pad_id: int) -> RowBatches:
+    """The steps that `training` makes of rows."""
+    return RowBatches(
+        rows,
+        step_tokens=training.batch_tokens,
+        micro_tokens=min(_MICRO_TOKENS, training.batch_tokens),
+        seed=seed,
+        pad_id=pad_id,
+    )
 
 
 def answer_loss(model: Model) -> Callable[[PaddedBatch], Tensor]:
