@@ -139,7 +139,8 @@ class _Join:
         smaller = self._sizes[found] < size
         equal = (self._sizes[found] == size) & (found < row)
         near = self._sizes[found] >= self._threshold * size - 1e-9
-        return found[near & (smaller | equal)]
+        chosen: npt.NDArray[np.int64] = found[near & (smaller | equal)]
+        return chosen
 
     def _similar(self, row: int, candidates: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
         own = self._row(row, self._sizes[row])
