@@ -116,12 +116,8 @@ def _example(item: Documented, text: str, answer: str, group: str, names: Counte
 def _examples(rows: Sequence[Triple]) -> list[Example]:
     """Examples whose group is the top-level class or function, merged with near-duplicates."""
     clusters = near_duplicate_clusters([text for _, text, _ in rows], _SAME)
-    numbers = components(
-        [
-            (f"t{item.top}", f"c{cluster}")
-            for (item, _, _), cluster in zip(rows, clusters, strict=True)
-        ]
-    )
+    tops = [item.top for item, _, _ in rows]
+    numbers = components([(f"t{t}", f"c{c}") for t, c in zip(tops, clusters, strict=True)])
     names: Counter[str] = Counter()
     return [
         _example(item, text, answer, tops[number], names)
