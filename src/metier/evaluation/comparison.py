@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from metier.errors import ConfigError, DataError
@@ -138,7 +138,7 @@ def by_validation(arm: Measured) -> tuple[float, float, int, str]:
 
 
 def compare(
-    arms: Sequence[Measured], clusters: Sequence[Hashable], margin: float, machine_hour: float
+    arms: Sequence[Measured], clusters: statistics.Clusters, margin: float, machine_hour: float
 ) -> list[Compared]:
     """Compare every arm with the reference, in the order given.
 
@@ -155,8 +155,8 @@ def compare(
     """
     for arm in arms:
         _check(arm, len(clusters))
-    reference = choose_reference(arms)
-    found = [_against(arm, reference, clusters, machine_hour) for arm in arms]
+    reference, index = choose_reference(arms), statistics.cluster_index(clusters)
+    found = [_against(arm, reference, index, machine_hour) for arm in arms]
     others = {
         each.name: each.score.mean
         for each in found
@@ -183,7 +183,7 @@ def _check(arm: Measured, examples: int) -> None:
 
 
 def _against(
-    arm: Measured, reference: Measured, clusters: Sequence[Hashable], machine_hour: float
+    arm: Measured, reference: Measured, clusters: statistics.Clusters, machine_hour: float
 ) -> Compared:
     score = statistics.mean_score(arm.scores, clusters)
     cost = _cost_per_1000(arm, machine_hour)

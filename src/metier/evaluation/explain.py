@@ -27,16 +27,16 @@ def rule(margin: float) -> str:
     return (
         "The reference is the simpler arm (prompt, few-shot, rag or classical, over all bases and "
         "modes) with the best validation score; of equals, the one that reads and writes fewer "
-        "tokens. A tuned arm is shipped only if the lower bound of its paired gain over the "
-        "reference on the sealed test part is above the margin of "
-        f"{margin_in_points(margin)}; that bound counts whole clusters of examples, differences between "
-        "training seeds, and Holm's correction over the tuned arms (2.5 % error in all, "
-        "one-sided). The Holm-adjusted p-value of 'no difference' must be below 0.05. It must "
-        "also score above every other simpler arm on the test part by more "
-        "than the margin, and for every ability measured before and after tuning the upper end of "
-        "the 95 % interval of the loss must lie within the tolerance. Of several such arms the "
-        "best on validation is shipped; if there is none, use the reference. An arm that asks a "
-        "remote model is compared and reported, but is neither the reference nor shipped."
+        "tokens. A tuned arm is shipped only if three things hold. First, the lower bound of its "
+        "paired gain over the reference on the sealed test part is above the margin of "
+        f"{margin_in_points(margin)}, and the p-value of 'no difference' is below 0.05; bound and "
+        "p-value count whole clusters of examples, differences between training seeds, and Holm's "
+        "correction over the tuned arms (2.5 % error in all, one-sided). Second, it scores above "
+        "every other simpler arm on the test part, too, by more than the margin. Third, for every "
+        "ability measured before and after tuning, the upper end of the 95 % interval of the loss "
+        "lies within the tolerance. Of several such arms the best on validation is shipped; if "
+        "there is none, use the reference. An arm that asks a remote model is compared and "
+        "reported, but is neither the reference nor shipped."
     )
 
 

@@ -8,7 +8,7 @@ that qualify. Judged on the sealed test part: whether a tuned arm qualifies.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from metier.evaluation import advice, explain
 from metier.evaluation.comparison import (
@@ -21,6 +21,7 @@ from metier.evaluation.comparison import (
 )
 from metier.evaluation.phrases import Chance, Outcome
 from metier.evaluation.schema import DataSummary, Verdict
+from metier.evaluation.statistics import Clusters
 from metier.evaluation.units import percent
 from metier.task import Task
 
@@ -32,7 +33,7 @@ def decide(
     task: Task,
     arms: Sequence[Measured],
     *,
-    clusters: Sequence[Hashable],
+    clusters: Clusters,
     expected: Sequence[str],
     labels: Sequence[str],
     data: DataSummary,
