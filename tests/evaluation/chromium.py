@@ -9,11 +9,20 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-FOUND = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FOUND = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-    "--disable-dev-shm-usage", "--remote-debugging-pipe",
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+    "--remote-debugging-pipe",
 )
 
 
@@ -28,10 +37,11 @@ class Chromium:
         self._buffer = b""
 
         # Chromium reads commands from descriptor 3 and answers on 4.
-        command = 'exec "$0" "$@" 3<&{} 4>&{}'.format(to_browser, from_browser)
+        command = f'exec "$0" "$@" 3<&{to_browser} 4>&{from_browser}'
         self._process = subprocess.Popen(
             ["/bin/bash", "-c", command, str(FOUND), *FLAGS, f"--user-data-dir={profile}"],
-            pass_fds=(to_browser, from_browser), stderr=subprocess.DEVNULL,
+            pass_fds=(to_browser, from_browser),
+            stderr=subprocess.DEVNULL,
         )
         os.close(to_browser)
         os.close(from_browser)
@@ -83,8 +93,13 @@ class Chromium:
 
     def open(self, page: Path, width: int, height: int = 800, *, dark: bool = False) -> None:
         """Load a file in a window of this size and wait until it is drawn."""
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height,
-                  deviceScaleFactor=2 if width < 600 else 1, mobile=width < 600)
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=2 if width < 600 else 1,
+            mobile=width < 600,
+        )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         self.events.clear()

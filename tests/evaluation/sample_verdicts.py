@@ -18,11 +18,26 @@ from metier.evaluation.schema import (
 )
 
 SUBJECTS = (
-    "card", "transfer", "top_up", "cash_withdrawal", "refund", "direct_debit",
-    "exchange", "identity", "account", "pin", "statement",
+    "card",
+    "transfer",
+    "top_up",
+    "cash_withdrawal",
+    "refund",
+    "direct_debit",
+    "exchange",
+    "identity",
+    "account",
+    "pin",
+    "statement",
 )
 PROBLEMS = (
-    "pending", "declined", "fee_charged", "wrong_amount", "not_received", "cancel", "limits",
+    "pending",
+    "declined",
+    "fee_charged",
+    "wrong_amount",
+    "not_received",
+    "cancel",
+    "limits",
 )
 LABELS = tuple(f"{subject}_{problem}" for subject in SUBJECTS for problem in PROBLEMS)
 SCRIPT = "<script>window.hacked = true</script><img src=x onerror='window.hacked=true'>"
@@ -61,14 +76,20 @@ def arm(name: str, score: float, /, **values: object) -> ArmResult:
 def tuned(name: str, score: float, gain: float, adjusted: float, /, **values: object) -> ArmResult:
     """A tuned arm with three seeds."""
     seeds = tuple(
-        SeedResult(seed=seed, test_score=score + shift, validation_loss=0.412 + 0.013 * seed,
-                   steps=1240 + 31 * seed, seconds=181.0 + 7 * seed)
+        SeedResult(
+            seed=seed,
+            test_score=score + shift,
+            validation_loss=0.412 + 0.013 * seed,
+            steps=1240 + 31 * seed,
+            seconds=181.0 + 7 * seed,
+        )
         for seed, shift in enumerate((-0.012, 0.004, 0.008))
     )
     defaults = {
         "difference": around(gain, 0.022),
         "p_value": 0.00021,
         "p_adjusted": 0.0013,
+        "p_margin": 0.0047,
         "adjusted_low": adjusted,
         "test": "sign-flip permutation over clusters",
         "seeds": seeds,
@@ -80,14 +101,30 @@ def tuned(name: str, score: float, gain: float, adjusted: float, /, **values: ob
     return arm(name, score, **(defaults | values))
 
 
-def forgotten(text: float = 0.016, skill: float = 0.004, *, holds: bool = True) -> tuple[Forgotten, ...]:
+def forgotten(
+    text: float = 0.016, skill: float = 0.004, *, holds: bool = True
+) -> tuple[Forgotten, ...]:
     return (
-        Forgotten(name="text: python topics", unit="bits per byte", lower_is_better=True,
-                  before=around(1.834, 0.021), after=around(1.834 * (1 + text), 0.022),
-                  loss=around(text, 0.007), tolerance=0.05, holds=True),
-        Forgotten(name="skill: grammatical minimal pairs", unit="accuracy", lower_is_better=False,
-                  before=around(0.713, 0.018), after=around(0.713 - skill, 0.018),
-                  loss=around(skill, 0.011), tolerance=0.03, holds=holds),
+        Forgotten(
+            name="text: python topics",
+            unit="bits per byte",
+            lower_is_better=True,
+            before=around(1.834, 0.021),
+            after=around(1.834 * (1 + text), 0.022),
+            loss=around(text, 0.007),
+            tolerance=0.05,
+            holds=True,
+        ),
+        Forgotten(
+            name="skill: grammatical minimal pairs",
+            unit="accuracy",
+            lower_is_better=False,
+            before=around(0.713, 0.018),
+            after=around(0.713 - skill, 0.018),
+            loss=around(skill, 0.011),
+            tolerance=0.03,
+            holds=holds,
+        ),
     )
 
 
@@ -98,7 +135,9 @@ def curve(seed: int, floor: float = 0.41, points: int = 14) -> tuple[CurvePoint,
         CurvePoint(
             step=90 * index,
             train_loss=math.nan if index == 0 else 3.4 * math.exp(-index / 2.6) + 0.2,
-            validation_loss=3.5 * math.exp(-index / 2.4) + floor + 0.011 * index
+            validation_loss=3.5 * math.exp(-index / 2.4)
+            + floor
+            + 0.011 * index
             + draw.uniform(0, 0.05),
         )
         for index in range(points)
@@ -139,10 +178,14 @@ def samples(kind: str, number: int = 10) -> tuple[Sample, ...]:
     score, other = (1.0, 0.0) if kind == "won" else (0.0, 0.6667)
     return tuple(
         Sample(
-            id=f"{kind}-{index:04d}", input=texts[index % len(texts)],
-            expected=LABELS[index * 7], answer=LABELS[index * 7 if score else index * 7 + 1],
-            score=score, explanation="same label" if score else "another label",
-            reference_answer=LABELS[index * 7 if other else index * 7 + 2], reference_score=other,
+            id=f"{kind}-{index:04d}",
+            input=texts[index % len(texts)],
+            expected=LABELS[index * 7],
+            answer=LABELS[index * 7 if score else index * 7 + 1],
+            score=score,
+            explanation="same label" if score else "another label",
+            reference_answer=LABELS[index * 7 if other else index * 7 + 2],
+            reference_score=other,
         )
         for index in range(number)
     )
@@ -151,31 +194,90 @@ def samples(kind: str, number: int = 10) -> tuple[Sample, ...]:
 def shipping() -> tuple[Verdict, list[ArmDetails]]:
     """A tuned arm is shipped: 77 labels, everything measured, one arm that forgot too much."""
     arms = (
-        arm("prompt", 0.0, score=Estimate(mean=0.0, low=0.0, high=0.0), validation_score=0.0,
-            difference=around(-0.852, 0.03), peak_memory=512_000_000, cost_per_1000=0.00391,
+        arm(
+            "prompt",
+            0.0,
+            score=Estimate(mean=0.0, low=0.0, high=0.0),
+            validation_score=0.0,
+            difference=around(-0.852, 0.03),
+            peak_memory=512_000_000,
+            cost_per_1000=0.00391,
             notes=("The base cannot follow prompts: no answer was a valid label.",),
-            metrics={"macro_f1": 0.0, "invalid_answers": 1540.0}),
-        arm("few-shot", 0.312, difference=around(-0.54, 0.04), prompt_tokens=412.7,
-            latency_p50=0.51, latency_p95=0.9, cost_per_1000=0.0142, peak_memory=534_000_000,
-            metrics={"macro_f1": 0.2914, "invalid_answers": 122.0}),
-        arm("rag", 0.741, difference=around(-0.111, 0.029), prompt_tokens=506.1,
-            cost_per_1000=0.0171, metrics={"macro_f1": 0.7312, "invalid_answers": 12.0}),
-        arm("classical", 0.852, score=around(0.852, 0.019), prompt_tokens=0, completion_tokens=0,
-            latency_p50=0.00213, latency_p95=0.0031, training_seconds=4.2,
-            peak_memory=301_000_000, cost_per_1000=0.0000592,
-            metrics={"macro_f1": 0.8467, "invalid_answers": 0.0}),
-        tuned("lora", 0.897, 0.045, 0.0231, forgetting=forgotten(),
-              metrics={"macro_f1": 0.8953, "invalid_answers": 1.0}),
-        tuned("lora/head", 0.913, 0.061, 0.0392, score=around(0.913, 0.016),
-              forgetting=forgotten(0.012, 0.002), completion_tokens=0.0,
-              metrics={"macro_f1": 0.9121, "invalid_answers": 0.0}),
-        tuned("full", 0.921, 0.069, 0.0447, peak_memory=2_410_000_000, training_seconds=402.0,
-              break_even_requests=None, forgetting=forgotten(0.031, 0.041, holds=False),
-              metrics={"macro_f1": 0.9203, "invalid_answers": 0.0}),
+            metrics={"macro_f1": 0.0, "invalid_answers": 1540.0},
+        ),
+        arm(
+            "few-shot",
+            0.312,
+            difference=around(-0.54, 0.04),
+            prompt_tokens=412.7,
+            latency_p50=0.51,
+            latency_p95=0.9,
+            cost_per_1000=0.0142,
+            peak_memory=534_000_000,
+            metrics={"macro_f1": 0.2914, "invalid_answers": 122.0},
+        ),
+        arm(
+            "rag",
+            0.741,
+            difference=around(-0.111, 0.029),
+            prompt_tokens=506.1,
+            cost_per_1000=0.0171,
+            metrics={"macro_f1": 0.7312, "invalid_answers": 12.0},
+        ),
+        arm(
+            "classical",
+            0.852,
+            score=around(0.852, 0.019),
+            prompt_tokens=0,
+            completion_tokens=0,
+            latency_p50=0.00213,
+            latency_p95=0.0031,
+            training_seconds=4.2,
+            peak_memory=301_000_000,
+            cost_per_1000=0.0000592,
+            metrics={"macro_f1": 0.8467, "invalid_answers": 0.0},
+        ),
+        tuned(
+            "lora",
+            0.897,
+            0.045,
+            0.0231,
+            forgetting=forgotten(),
+            metrics={"macro_f1": 0.8953, "invalid_answers": 1.0},
+        ),
+        tuned(
+            "lora/head",
+            0.913,
+            0.061,
+            0.0392,
+            score=around(0.913, 0.016),
+            forgetting=forgotten(0.012, 0.002),
+            completion_tokens=0.0,
+            metrics={"macro_f1": 0.9121, "invalid_answers": 0.0},
+        ),
+        tuned(
+            "full",
+            0.921,
+            0.069,
+            0.0447,
+            peak_memory=2_410_000_000,
+            training_seconds=402.0,
+            break_even_requests=None,
+            forgetting=forgotten(0.031, 0.041, holds=False),
+            metrics={"macro_f1": 0.9203, "invalid_answers": 0.0},
+        ),
     )
     verdict = Verdict(
-        task="banking", kind="classification", decision="ship", arm="lora/head",
+        task="banking",
+        kind="classification",
+        decision="ship",
+        arm="lora/head",
         reference="classical",
+        contender="lora/head",
+        notes=(
+            "The sealed test part has been opened 3 times, this time included.",
+            "The base starter cannot follow prompts at all: prompt scores 0.0 %.",
+        ),
         headline="Ship lora/head: 91.3 % against 85.2 % for classical, a gain of 6.1 points of "
         "which at least 3.9 are certain (margin 2.0).",
         rule=RULE,
@@ -186,18 +288,33 @@ def shipping() -> tuple[Verdict, list[ArmDetails]]:
             "points; the tolerance is 3.0.",
             "lora: clears the margin too, with a lower bound than lora/head.",
         ),
-        what_would_change=("A tolerance of 5.2 points or more on grammatical minimal pairs would "
-                           "let full be shipped.",),
-        margin=0.02, currency="USD",
-        data=DataSummary(train=7210, validation=1203, test=1540, test_clusters=1388,
-                         removed={"exact_duplicate": 31, "near_duplicate_across_parts": 187,
-                                  "too_long": 2},
-                         test_openings=3,
-                         warnings=("The label pin_limits has only 20 test examples.",)),
-        arms=arms, command="metier run task.yaml --out runs/banking --set margin=0.02",
-        made="2026-08-14T09:31:07Z", seconds=1687.0,
-        versions={"metier": "0.1.0", "python": "3.12.4", "torch": "2.13.0", "machine": "x86_64",
-                  "processor": "AMD EPYC 7B13", "cores": "2"},
+        what_would_change=(
+            "A tolerance of 5.2 points or more on grammatical minimal pairs would "
+            "let full be shipped.",
+        ),
+        margin=0.02,
+        currency="USD",
+        data=DataSummary(
+            train=7210,
+            validation=1203,
+            test=1540,
+            test_clusters=1388,
+            removed={"exact_duplicate": 31, "near_duplicate_across_parts": 187, "too_long": 2},
+            test_openings=3,
+            warnings=("The label pin_limits has only 20 test examples.",),
+        ),
+        arms=arms,
+        command="metier run task.yaml --out runs/banking --set margin=0.02",
+        made="2026-08-14T09:31:07Z",
+        seconds=1687.0,
+        versions={
+            "metier": "0.1.0",
+            "python": "3.12.4",
+            "torch": "2.13.0",
+            "machine": "x86_64",
+            "processor": "AMD EPYC 7B13",
+            "cores": "2",
+        },
     )
     details = [
         _details("prompt", 1.0, ()),
@@ -215,8 +332,12 @@ def _details(
     name: str, error: float, curves: tuple[tuple[CurvePoint, ...], ...], *, compared: bool = True
 ) -> ArmDetails:
     return ArmDetails(
-        arm=name, labels=LABELS, confusion=confusion(LABELS, 20, error), curves=curves,
-        won=samples("won") if compared else (), lost=samples("lost", 6) if compared else (),
+        arm=name,
+        labels=LABELS,
+        confusion=confusion(LABELS, 20, error),
+        curves=curves,
+        won=samples("won") if compared else (),
+        lost=samples("lost", 6) if compared else (),
     )
 
 
@@ -228,31 +349,63 @@ def simpler() -> tuple[Verdict, list[ArmDetails]]:
         arm(f"prompt@{far}", 0.64, difference=around(-0.12, 0.05), peak_memory=790_000_000),
         arm("classical", 0.76, latency_p50=0.0008, latency_p95=0.0011, training_seconds=0.7),
         arm("remote", 0.79, base="", difference=around(0.03, 0.04), cost_per_1000=1.284),
-        tuned("lora@starter", 0.748, -0.012, -0.041, p_value=0.61, p_adjusted=1.0,
-              break_even_requests=None),
-        tuned(f"lora@{far}", 0.781, 0.021, -0.0093, p_value=0.071, p_adjusted=0.142,
-              break_even_requests=1_204_000.0),
+        tuned(
+            "lora@starter",
+            0.748,
+            -0.012,
+            -0.041,
+            p_value=0.61,
+            p_adjusted=1.0,
+            p_margin=0.93,
+            break_even_requests=None,
+        ),
+        tuned(
+            f"lora@{far}",
+            0.781,
+            0.021,
+            -0.0093,
+            p_value=0.071,
+            p_adjusted=0.142,
+            p_margin=0.31,
+            break_even_requests=1_204_000.0,
+        ),
     )
     labels = ("billing", "delivery", "returns", "صيانة", "その他")
     verdict = Verdict(
-        task="tickets", kind="classification", decision="use-simpler", arm="classical",
+        task="tickets",
+        kind="classification",
+        decision="use-simpler",
+        arm="classical",
         reference="classical",
+        contender=f"lora@{far}",
         headline="Use classical: 76.0 %; no tuned arm is certainly more than 2.0 points better.",
         rule=RULE,
-        reasons=("lora@starter: 1.2 points worse than classical.",
-                 f"lora@{far}: 2.1 points better, but the adjusted lower bound -0.9 does not "
-                 "exceed the margin 2.0."),
-        what_would_change=("About 1,900 more test examples would decide whether the second lora "
-                           "is better by the margin.",),
-        margin=0.02, currency="EUR",
+        reasons=(
+            "lora@starter: 1.2 points worse than classical.",
+            f"lora@{far}: 2.1 points better, but the adjusted lower bound -0.9 does not "
+            "exceed the margin 2.0.",
+        ),
+        what_would_change=(
+            "About 1,900 more test examples would decide whether the second lora "
+            "is better by the margin.",
+        ),
+        margin=0.02,
+        currency="EUR",
         data=DataSummary(train=812, validation=100, test=240, test_clusters=240),
-        arms=arms, command="metier run tickets.yaml", made="2026-08-14", seconds=312.4,
+        arms=arms,
+        command="metier run tickets.yaml",
+        made="2026-08-14",
+        seconds=312.4,
         versions={"metier": "0.1.0"},
     )
     details = [
-        ArmDetails(arm=one.arm, labels=labels, confusion=confusion(labels, 48, 0.2, index),
-                   won=samples("won", 3) if one.arm != "classical" else (),
-                   lost=samples("lost", 2) if one.arm != "classical" else ())
+        ArmDetails(
+            arm=one.arm,
+            labels=labels,
+            confusion=confusion(labels, 48, 0.2, index),
+            won=samples("won", 3) if one.arm != "classical" else (),
+            lost=samples("lost", 2) if one.arm != "classical" else (),
+        )
         for index, one in enumerate(arms)
     ]
     return verdict, details
@@ -262,9 +415,18 @@ def bare() -> tuple[Verdict, list[ArmDetails]]:
     """Nothing optional: one arm, no details, no reasons."""
     only = arm("prompt", 0.5)
     verdict = Verdict(
-        task="t", kind="expansion", decision="use-simpler", arm="prompt", reference="prompt",
-        headline="Use prompt: 50.0 %.", rule=RULE, reasons=(), margin=0.0, currency="USD",
-        data=DataSummary(train=0, validation=10, test=40, test_clusters=40), arms=(only,),
+        task="t",
+        kind="expansion",
+        decision="use-simpler",
+        arm="prompt",
+        reference="prompt",
+        headline="Use prompt: 50.0 %.",
+        rule=RULE,
+        reasons=(),
+        margin=0.0,
+        currency="USD",
+        data=DataSummary(train=0, validation=10, test=40, test_clusters=40),
+        arms=(only,),
     )
     return verdict, []
 
@@ -275,20 +437,54 @@ def hostile() -> tuple[Verdict, list[ArmDetails]]:
     name = f"lora@{bad}"
     arms = (
         arm("classical", 0.5, notes=(bad,), metrics={bad: 0.25}),
-        tuned(name, 0.7, 0.2, 0.1, test=bad, forgetting=(
-            forgotten()[0].model_copy(update={"name": f"text: {bad}", "unit": bad}),)),
+        tuned(
+            name,
+            0.7,
+            0.2,
+            0.1,
+            test=bad,
+            forgetting=(forgotten()[0].model_copy(update={"name": f"text: {bad}", "unit": bad}),),
+        ),
     )
     verdict = Verdict(
-        task="t", kind="classification", decision="ship", arm=name, reference="classical",
-        headline=bad, rule=bad, reasons=(bad,), what_would_change=(bad,), margin=0.02,
-        currency="USD", arms=arms, command=bad, made=bad, versions={bad: bad},
-        data=DataSummary(train=1, validation=1, test=2, test_clusters=2, removed={bad: 1},
-                         warnings=(bad,)),
+        task="t",
+        kind="classification",
+        decision="ship",
+        arm=name,
+        reference="classical",
+        contender=name,
+        notes=(bad,),
+        headline=bad,
+        rule=bad,
+        reasons=(bad,),
+        what_would_change=(bad,),
+        margin=0.02,
+        currency="USD",
+        arms=arms,
+        command=bad,
+        made=bad,
+        versions={bad: bad},
+        data=DataSummary(
+            train=1, validation=1, test=2, test_clusters=2, removed={bad: 1}, warnings=(bad,)
+        ),
     )
-    sample = Sample(id=bad, input=bad, expected=bad, answer=bad, score=1.0, explanation=bad,
-                    reference_answer=bad * 40)
-    details = ArmDetails(arm=name, won=(sample,), lost=(sample,), labels=(bad, "b"),
-                         confusion=((0, 0, 1), (0, 2, 1), (1, 0, 3)), curves=(curve(0),))
+    sample = Sample(
+        id=bad,
+        input=bad,
+        expected=bad,
+        answer=bad,
+        score=1.0,
+        explanation=bad,
+        reference_answer=bad * 40,
+    )
+    details = ArmDetails(
+        arm=name,
+        won=(sample,),
+        lost=(sample,),
+        labels=(bad, "b"),
+        confusion=((0, 0, 1), (0, 2, 1), (1, 0, 3)),
+        curves=(curve(0),),
+    )
     return verdict, [details]
 
 

@@ -34,6 +34,11 @@ class Axis:
         place = (value - self.low) / (self.high - self.low)
         return min(max(place, 0.0), 1.0)
 
+    def holds(self, value: float) -> bool:
+        """Whether a value lies on the axis, up to rounding."""
+        slack = 1e-6 * (self.high - self.low)
+        return self.low - slack <= value <= self.high + slack
+
 
 SCORES = Axis(0.0, 1.0, (0.0, 0.25, 0.5, 0.75, 1.0))
 """Scores always stand on the whole axis from 0 to 100 %."""
@@ -206,7 +211,7 @@ def _whisker(
     """A line from the low to the high end of the interval and a mark at the mean."""
     if not math.isfinite(estimate.mean):
         return
-    if not axis.low <= estimate.mean <= axis.high:
+    if not axis.holds(estimate.mean):
         _off_the_axis(marks, estimate.mean < axis.low, kind, write(estimate.mean))
         return
     if math.isfinite(estimate.low) and math.isfinite(estimate.high):

@@ -96,7 +96,6 @@ def _contents(verdict: Verdict, details: Sequence[ArmDetails]) -> dict[str, Any]
         "tuned": [arm for arm in arms if arm.tuned],
         "reference": _arm(verdict, verdict.reference),
         "figures": key_figures(verdict),
-        "cautions": _cautions(verdict),
         "difference_axis": charts.difference_axis(arms, verdict.margin),
         "metrics": list(dict.fromkeys(name for arm in arms for name in arm.metrics)),
         "tests": _tests(arms),
@@ -167,27 +166,13 @@ def _examples(
     verdict: Verdict, arms: Sequence[ArmResult], details: Mapping[str, ArmDetails]
 ) -> list[tuple[ArmResult, ArmDetails]]:
     """Examples of every arm but the reference; the tuned arm that the decision turns on first."""
-    rival = _rival(verdict)
+    contender = _contender(verdict)
     shown = [
         (arm, details[arm.arm])
         for arm in arms
         if arm.arm in details and arm.arm != verdict.reference
     ]
-    return sorted(shown, key=lambda pair: pair[0] is not rival)
-
-
-def _cautions(verdict: Verdict) -> list[str]:
-    """What a reader must know of the data before trusting any number."""
-    opened = verdict.data.test_openings
-    again = (
-        [
-            f"The sealed test part has been opened {opened} times, this time included: "
-            "repeated looks make a lucky result likelier."
-        ]
-        if opened > 1
-        else []
-    )
-    return again + list(verdict.data.warnings)
+    return sorted(shown, key=lambda pair: pair[0] is not contender)
 
 
 @dataclass(frozen=True)
@@ -203,26 +188,26 @@ def key_figures(verdict: Verdict) -> list[Figure]:
     """The arm to use, what it was measured against, and the bound that decided."""
     chosen = _arm(verdict, verdict.arm)
     reference = _arm(verdict, verdict.reference)
-    rival = _rival(verdict)
+    contender = _contender(verdict)
     figures = [_score_figure(chosen, "the arm to use")]
     if reference is not chosen:
         figures.append(_score_figure(reference, "the reference: best simpler arm"))
-    if rival is None:
+    if contender is None:
         return figures
-    if rival is not chosen:
-        figures.append(_score_figure(rival, "best tuned arm on the test part"))
-    if rival.difference is not None:
+    if contender is not chosen:
+        figures.append(_score_figure(contender, "the tuned arm nearest to it"))
+    if contender.difference is not None:
         figures.append(
             Figure(
-                units.points(rival.difference.mean),
+                units.points(contender.difference.mean),
                 "points over the reference",
-                f"95\u00a0% interval {interval(rival.difference, points=True)}",
+                f"95\u00a0% interval {interval(contender.difference, points=True)}",
             )
         )
-    if rival.adjusted_low is not None:
+    if contender.adjusted_low is not None:
         figures.append(
             Figure(
-                units.points(rival.adjusted_low),
+                units.points(contender.adjusted_low),
                 "adjusted lower bound",
                 f"must exceed the margin {units.points(verdict.margin)}",
             )
@@ -230,12 +215,8 @@ def key_figures(verdict: Verdict) -> list[Figure]:
     return figures
 
 
-def _rival(verdict: Verdict) -> ArmResult | None:
-    """The tuned arm the decision turns on: the one shipped, else the best on the test part."""
-    chosen = _arm(verdict, verdict.arm)
-    if chosen.tuned:
-        return chosen
-    return min((arm for arm in verdict.arms if arm.tuned), key=_by_score, default=None)
+def _contender(verdict: Verdict) -> ArmResult | None:
+    return _arm(verdict, verdict.contender) if verdict.contender else None
 
 
 def _score_figure(arm: ArmResult, role: str) -> Figure:
@@ -284,7 +265,7 @@ def terminal_table(verdict: Verdict) -> RenderableType:
 
     decision = "SHIP" if verdict.decision == "ship" else "USE THE SIMPLER ARM"
     lines = [Text(decision, style="bold"), _safe(verdict.headline)]
-    lines += [_safe(f"Read with care: {caution}") for caution in _cautions(verdict)]
+    lines += [_safe(f"Read with care: {note}") for note in verdict.notes]
     return Group(*lines, _table(verdict))
 
 
@@ -294,12 +275,13 @@ def _table(verdict: Verdict) -> RenderableType:
 
     table = Table(
         box=box.SIMPLE_HEAD,
-        padding=(0, 1),
+        collapse_padding=True,
         pad_edge=False,
         caption="Scores in %, differences to the reference in points, p50 for one "
         f"request, cost of 1,000 requests in {verdict.currency}.",
         caption_justify="left",
     )
+    table.add_column("")
     table.add_column("arm", overflow="fold", min_width=12)
     for name in ("score", "95 % interval", "diff.", "adj. low", "p50", "cost"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -310,12 +292,12 @@ def _table(verdict: Verdict) -> RenderableType:
 
 
 def _cells(verdict: Verdict, arm: ArmResult) -> list[str]:
-    mark = "→ " if arm.arm == verdict.arm else "  "
     difference = units.points(arm.difference.mean) if arm.difference else units.MISSING
     if arm.arm == verdict.reference:
         difference = "ref."
     return [
-        mark + arm.arm,
+        "→" if arm.arm == verdict.arm else "",
+        arm.arm,
         units.percent(arm.score.mean).removesuffix("\u00a0%"),
         interval(arm.score),
         difference,

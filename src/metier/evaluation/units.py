@@ -38,7 +38,8 @@ def plain(value: float | None) -> str:
         return MISSING
     if value == round(value):
         return _signed(f"{value:,.0f}", plus=False)
-    decimals = min(max(2 - math.floor(math.log10(abs(value))), 0), 12)
+    rounded = abs(float(f"{value:.3g}"))  # 0.9999 has the digits of 1.00
+    decimals = min(max(2 - math.floor(math.log10(rounded)), 0), 12)
     return _signed(f"{value:,.{decimals}f}", plus=False)
 
 
