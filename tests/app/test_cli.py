@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -52,15 +53,19 @@ def metier_process(*arguments, **options):
 
 
 def test_help_is_quick_and_imports_nothing_heavy():
-    code = "import sys; from metier.app.cli import app; app(['--help'], standalone_mode=False); "
-    code += f"sys.exit(str(sorted({HEAVY!r} & set(sys.modules))) if {HEAVY!r} & set(sys.modules) "
-    code += "else 0)"
+    code = (
+        "import sys; from metier.app.cli import app; app(['--help'], standalone_mode=False); "
+        f"found = {HEAVY!r} & set(sys.modules); sys.exit(str(found) if found else 0)"
+    )
     seconds = []
     for _ in range(3):
-        began = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        seconds.append(time.perf_counter() - began)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        # Processor time: what a person waits for on a machine that is not busy with other tests.
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         assert done.returncode == 0, done.stderr
+        assert "Commands" in done.stdout
     assert min(seconds) < 0.5
 
 

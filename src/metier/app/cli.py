@@ -202,8 +202,11 @@ def audit(task_file: TaskFile, overrides: Overrides = _NONE, as_json: Json = Fal
 def plan(task_file: TaskFile, overrides: Overrides = _NONE, as_json: Json = False) -> None:
     """Estimate time and memory of every arm before anything runs."""
     from metier import recipes
+    from metier.app.terminal import TerminalProgress
 
-    _print(recipes.plan(task_file, overrides), as_json)
+    with TerminalProgress() as progress:
+        estimate = recipes.plan(task_file, overrides, progress)
+    _print(estimate, as_json)
 
 
 @_command
