@@ -234,9 +234,7 @@ def _add_words(text: _Text, kind: Kind, examples: Sequence[Example]) -> None:
 
 
 def _add_arms(text: _Text, kind: Kind, examples: Sequence[Example]) -> None:
-    text.add(
-        "base", "starter", "The base that ships with metier; or a path, a Hub name, or several."
-    )
+    text.add("base", "starter", "The base that ships with metier; or a path, a Hub name, a list.")
     framed = sum(bool(re.search(r"###\s*(Answer|Response)\b", row.input)) for row in examples)
     if framed > len(examples) / 2:
         text.add("template", "plain", "The inputs bring their own '### Answer:' frame.")
@@ -295,9 +293,12 @@ def _split(examples: Sequence[Example]) -> tuple[dict[str, Any], list[str]]:
     clusters = prepare.near_duplicate_clusters(texts, split["near_duplicate"])
     distinct = len(set(map(prepare.normalise, texts)))
     near = distinct - len(set(clusters))
-    if Counter(clusters).most_common(1)[0][1] > total / 2:
+    if near > distinct / 2:
         split["near_duplicate"] = 1.0
-        comments.append("Most inputs are near-duplicates of each other: only equal ones count.")
+        comments += [
+            f"{near:,} of {distinct:,} different inputs are near-duplicates of others at 0.8, as if",
+            "made from a template: so only equal inputs count as the same case.",
+        ]
     elif near > distinct / 5:
         comments += [
             f"{near:,} of {distinct:,} different inputs are near-duplicates of others: where that",
