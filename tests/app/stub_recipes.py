@@ -12,10 +12,19 @@ calls = []
 
 
 @dataclass
-class Found:
-    rows: int
-    share: float
-    notes: tuple[str, ...] = ("ключ",)
+class ArmPlan:
+    arm: str
+    minutes: float
+    memory: int
+
+
+@dataclass
+class Plan:
+    """As metier.recipes.planning has it, which would load torch."""
+
+    arms: tuple[ArmPlan, ...]
+    minutes: float
+    memory: int
 
 
 def _verdict():
@@ -75,11 +84,33 @@ def init(file, out=None, force=False):
 
 def audit(task_file, overrides=()):
     _act(task_file)
-    return Found(3, float("nan"))
+    from metier.data.audit import Audit, Finding, Lengths
+
+    lengths = Lengths(p50=3, p95=40, max=1200)
+    none = Finding(rows=0)
+    return Audit(
+        rows=3,
+        parts={"train": 2, "test": 1},
+        input_characters=lengths,
+        input_words=lengths,
+        answer_characters=lengths,
+        answer_words=lengths,
+        labels={"ключ": 2, "[bold]": 1},
+        identical=Finding(rows=2, examples=("a", "b")),
+        conflicting=Finding(rows=9, examples=("a", "\x1b[31m")),
+        near_duplicates=none,
+        empty_answers=none,
+        emails=none,
+        phones=none,
+        cards=none,
+        removed={"duplicate-of-test": 1},
+        warnings=("few rows",),
+    )
 
 
 def plan(task_file, overrides=(), progress=None):
-    return Found(4, 0.5)
+    arms = (ArmPlan("prompt", 0.5, 10**9), ArmPlan("lora", 61.0, 0))
+    return Plan(arms=arms, minutes=float("nan"), memory=10**9)
 
 
 def train(task_file, arm, out=None, overrides=(), progress=None):

@@ -40,12 +40,10 @@ def cli(monkeypatch):
     return call
 
 
-def metier_process(*arguments, **options):
+def metier_process(*arguments, stdout=subprocess.PIPE):
     """A real process over the stand-in recipes."""
     command = [sys.executable, "-c", STUBBED, *arguments]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
-    )
+    return subprocess.Popen(command, stdout=stdout, stderr=subprocess.PIPE, text=True)
 
 
 # --- start-up
@@ -100,8 +98,8 @@ def test_demo_names(cli):
         (["run", "t.yaml"], {"task": "routing", "arm": "classical"}),
         (["demo"], {"task": "routing"}),
         (["init", "rows.csv", "--out", "t.yaml"], {"task": "t.yaml"}),
-        (["audit", "t.yaml"], {"rows": 3, "share": None, "notes": ["ключ"]}),
-        (["plan", "t.yaml"], {"rows": 4, "share": 0.5}),
+        (["audit", "t.yaml"], {"rows": 3, "labels": {"ключ": 2, "[bold]": 1}}),
+        (["plan", "t.yaml"], {"minutes": None, "memory": 10**9}),
         (["train", "t.yaml", "lora"], {"path": "runs/x"}),
         (["pretrain", "p.yaml"], {"path": "runs/base"}),
         (["predict", "runs/x", "rows.csv", "--arm", "lora"], {"path": "answers.jsonl"}),
@@ -118,13 +116,30 @@ def test_json_is_all_there_is_on_the_standard_output(cli, arguments, expected):
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["audit", "t.yaml"], "rows: 3\nshare: .nan\nnotes:\n- ключ\n"),
         (["init", "rows.csv"], "task: task.yaml\n"),
         (["train", "t.yaml", "lora"], "path: runs/x\n"),
     ],
 )
 def test_without_json_people_read_an_outline(cli, arguments, text):
     assert cli(*arguments).stdout == text
+
+
+def test_a_plan_is_a_table(cli):
+    lines = [line.split("  ") for line in cli("plan", "t.yaml").stdout.splitlines() if line.strip()]
+    cells = [[cell.strip().replace("\xa0", " ") for cell in line if cell.strip()] for line in lines]
+    assert ["prompt", "30 s", "1 GB"] in cells
+    assert ["lora", "1 h 1 min", "–"] in cells
+    assert ["all", "–", "1 GB"] in cells
+
+
+def test_an_audit_names_what_to_look_at(cli):
+    shown = cli("audit", "t.yaml").stdout
+    assert "3 (train 2, test 1)" in shown
+    assert "2, from ключ (2) to [bold] (1)" in shown
+    assert "2 rows (a, b)" in shown
+    assert "9 rows (a, \N{REPLACEMENT CHARACTER}[31m, ...)" in shown
+    assert "duplicate-of-test 1" in shown
+    assert "warning: few rows" in shown
 
 
 # --- what goes wrong
@@ -181,10 +196,10 @@ def test_interrupted_says_how_to_go_on(cli):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_end_a_real_process(number, code):
-    process = metier_process("run", "sleep.yaml")
-    assert process.stdout.readline() == "asleep\n"
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=10)
+    with metier_process("run", "sleep.yaml") as process:
+        assert process.stdout.readline() == "asleep\n"
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=20)
     assert process.returncode == code
     assert "the same command goes on from there" in errors
     assert "Traceback" not in errors
@@ -193,17 +208,11 @@ def test_signals_end_a_real_process(number, code):
 def test_a_reader_that_goes_away_is_no_fault():
     read, write = os.pipe()
     os.close(read)
-    with metier_process_to(write) as process:
-        _, errors = process.communicate(timeout=10)
+    with metier_process("plan", "t.yaml", stdout=write) as process:
+        os.close(write)
+        _, errors = process.communicate(timeout=20)
     assert "Traceback" not in errors
     assert "fault" not in errors
-
-
-def metier_process_to(descriptor):
-    command = [sys.executable, "-c", STUBBED, "plan", "t.yaml"]
-    process = subprocess.Popen(command, stdout=descriptor, stderr=subprocess.PIPE, text=True)
-    os.close(descriptor)
-    return process
 
 
 # --- serve and chat

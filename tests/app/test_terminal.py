@@ -22,15 +22,11 @@ def test_a_log_names_stages_progress_and_time_left(capsys, monkeypatch):
     lines = errors.splitlines()
     assert lines[0] == "train [lora], seed 1 ..."
     assert lines[1] == "  1/3  loss 1.235  note [red]"
-    assert lines[2].startswith("  2/3, 0:0")
-    assert lines[2].endswith("left")
-    assert lines[3:] == [
-        "held-out [x]",
-        "train [lora], seed 1: 0:00",
-        "score ...",
-        "  2",
-        "score: 0:00",
-    ]
+    assert lines[2].startswith("  2/3, ")
+    assert lines[2].endswith("s left")
+    assert lines[3] == "held-out [x]"
+    assert lines[4].startswith("train [lora], seed 1: ")
+    assert lines[5:7] == ["score ...", "  2"]
 
 
 def test_an_interrupted_stage_is_not_called_done(capsys):
@@ -54,10 +50,3 @@ def test_no_text_steers_the_terminal(text):
 
 def test_an_escape_sequence_is_made_visible():
     assert terminal.printable("a\x1b[2Jb\rc\td") == "a\ufffd[2Jb\ufffdc\td"
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (309, "5:09"), (3909, "1:05:09")]
-)
-def test_durations(seconds, text):
-    assert terminal.duration(seconds) == text

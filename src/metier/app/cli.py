@@ -17,13 +17,15 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
 from metier.errors import MetierError, RunError
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from metier.evaluation.schema import Verdict
 
 app = typer.Typer(
@@ -52,6 +54,7 @@ Json = Annotated[
     bool, typer.Option("--json", help="Print JSON to the standard output and nothing else.")
 ]
 
+_T = TypeVar("_T")
 _NONE: list[str] = []
 _RESUMABLE = ("demo", "run", "train", "pretrain")
 
@@ -123,15 +126,20 @@ def _print(value: Any, as_json: bool) -> None:
     print(terminal.as_json(value) if as_json else terminal.as_outline(value), flush=True)
 
 
-def _show_verdict(verdict: Verdict, directory: Path, as_json: bool) -> None:
+def _show(value: _T, table: Callable[[_T], RenderableType], as_json: bool) -> None:
+    """Print a result as a table for people, or as JSON."""
     from rich.console import Console
 
     if as_json:
-        _print(verdict, as_json)
+        _print(value, as_json)
     else:
-        from metier.evaluation.report import terminal_table
+        Console(highlight=False).print(table(value))
 
-        Console(highlight=False).print(terminal_table(verdict))
+
+def _show_verdict(verdict: Verdict, directory: Path, as_json: bool) -> None:
+    from metier.evaluation.report import terminal_table
+
+    _show(verdict, terminal_table, as_json)
     _tell(f"report: {directory / 'report.html'}")
 
 
@@ -194,19 +202,21 @@ def init(
 def audit(task_file: TaskFile, overrides: Overrides = _NONE, as_json: Json = False) -> None:
     """Show what is in the data, what is wrong with it, and what would leak."""
     from metier import recipes
+    from metier.app.tables import audit_table
 
-    _print(recipes.audit(task_file, overrides), as_json)
+    _show(recipes.audit(task_file, overrides), audit_table, as_json)
 
 
 @_command
 def plan(task_file: TaskFile, overrides: Overrides = _NONE, as_json: Json = False) -> None:
     """Estimate time and memory of every arm before anything runs."""
     from metier import recipes
+    from metier.app.tables import plan_table
     from metier.app.terminal import TerminalProgress
 
     with TerminalProgress() as progress:
         estimate = recipes.plan(task_file, overrides, progress)
-    _print(estimate, as_json)
+    _show(estimate, plan_table, as_json)
 
 
 @_command

@@ -21,6 +21,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from metier.evaluation import units
+
 _LOG_SECONDS = 30.0
 
 
@@ -40,13 +42,6 @@ def printable(text: str) -> str:
     return "".join(
         c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
     )
-
-
-def duration(seconds: float) -> str:
-    """Hours, minutes and seconds, e.g. ``1:05:09`` or ``5:09``."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 class TerminalProgress:
@@ -115,13 +110,13 @@ class TerminalProgress:
         self._bars.remove_task(self._task)
         self._task = None
         if finished:
-            self.say(f"{self._name}: {duration(time.monotonic() - self._began)}")
+            self.say(f"{self._name}: {units.seconds(time.monotonic() - self._began)}")
 
     def _log(self, shown: str) -> None:
         task = self._bars.tasks[0]
         done = f"{task.completed:,.0f}" + (f"/{task.total:,.0f}" if task.total else "")
         left = task.time_remaining
-        more = f", {duration(left)} left" if left is not None else ""
+        more = f", {units.seconds(left)} left" if left is not None else ""
         self.say(f"  {done}{more}  {shown}".rstrip())
 
 

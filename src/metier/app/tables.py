@@ -1,0 +1,77 @@
+"""An audit and a plan as tables for the terminal; the verdict's table is the report's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from metier.app.terminal import printable
+from metier.evaluation import units
+
+if TYPE_CHECKING:
+    from metier.data.audit import Audit, Finding, Lengths
+    from metier.recipes.planning import Plan
+
+
+def plan_table(plan: Plan) -> RenderableType:
+    """Time and memory of each arm, and of the whole run."""
+    table = Table("arm", box=box.SIMPLE_HEAD, pad_edge=False, show_footer=True)
+    table.columns[0].footer = "all"
+    table.add_column("time", units.seconds(plan.minutes * 60), justify="right")
+    table.add_column("memory", units.size(plan.memory), justify="right")
+    for arm in plan.arms:
+        table.add_row(_cell(arm.arm), units.seconds(arm.minutes * 60), units.size(arm.memory))
+    return table
+
+
+def audit_table(audit: Audit) -> RenderableType:
+    """What is in the data, and which rows to look at."""
+    rows = {
+        "rows": f"{audit.rows:,} ({_counts(audit.parts)})",
+        "inputs": f"{_lengths(audit.input_characters)} characters, "
+        f"{_lengths(audit.input_words)} words",
+        "answers": f"{_lengths(audit.answer_characters)} characters, "
+        f"{_lengths(audit.answer_words)} words",
+    }
+    if audit.labels:
+        first, *_, last = [f"{name} ({count:,})" for name, count in audit.labels.items()] * 2
+        rows["labels"] = f"{len(audit.labels):,}, from {first} to {last}"
+    rows |= {
+        "identical rows": _finding(audit.identical),
+        "same input, other answer": _finding(audit.conflicting),
+        "near-duplicates in a part": _finding(audit.near_duplicates),
+        "answers that say nothing": _finding(audit.empty_answers),
+        "e-mail addresses": _finding(audit.emails),
+        "telephone numbers": _finding(audit.phones),
+        "payment cards": _finding(audit.cards),
+        "left out by the split": _counts(audit.removed) or "none",
+    }
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    for name, value in rows.items():
+        table.add_row(name, _cell(value))
+    return Group(table, *(_cell(f"warning: {text}") for text in audit.warnings))
+
+
+def _finding(finding: Finding) -> str:
+    if not finding.rows:
+        return "none"
+    more = ", ..." if finding.rows > len(finding.examples) else ""
+    return f"{finding.rows:,} rows ({', '.join(finding.examples)}{more})"
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {count:,}" for name, count in counts.items())
+
+
+def _lengths(lengths: Lengths) -> str:
+    return f"{lengths.p50:,} / {lengths.p95:,} / {lengths.max:,}"
+
+
+def _cell(text: str) -> Text:
+    """Text as it is: ids and labels come from the user's files and may look like markup."""
+    return Text(printable(text))
