@@ -39,7 +39,7 @@ RESULTS = Path(__file__).parent / "results" / "calibration.json"
 SIMPLER = ("prompt", "few-shot", "rag", "classical")
 TUNED = ("lora", "full", "lora+rag", "lora/head", "full/head")
 MOST_SHIPPED, LEAST_SHIPPED = 0.05, 0.80
-_BEST_SIMPLER = 0.7
+_BEST_SIMPLER = 0.6
 
 
 @dataclass(frozen=True, slots=True)

@@ -114,10 +114,9 @@ def effect(values: Floats, clusters: Clusters) -> Effect:
     """Mean of a (seeds, examples) matrix with cluster-robust and seed-to-seed variance.
 
     The examples' variance is Bell and McCaffrey's CR2 (2002), which for a mean divides the squared
-    residual sum of a cluster by ``1 - share of the cluster``. Its degrees of freedom are the
-    effective number of clusters minus one, ``n² / sum of sizes² - 1`` (Carter, Schnepel and
-    Steigerwald 2017, worst case), so one huge cluster is not taken for many. With a single cluster
-    nothing can be said and the variance is infinite.
+    residual sum of a cluster by ``1 - share of the cluster``. Its degrees of freedom are those of
+    Imbens and Kolesár (2016): they heed the correlation inside clusters, so that one huge cluster
+    is not taken for many. With a single cluster nothing can be said: the variance is infinite.
 
     Args:
         values: finite numbers, shape (seeds, examples).
@@ -134,7 +133,7 @@ def effect(values: Floats, clusters: Clusters) -> Effect:
     return Effect(
         mean=mean,
         examples_variance=_clustered_variance(per_example - mean, index, sizes),
-        examples_df=max(effective_clusters(sizes) - 1, 1.0),
+        examples_df=_clustered_df(per_example - mean, index, sizes),
         seeds_variance=float(((per_seed - mean) ** 2).sum()) / pairs,
         mixed_variance=sum(_clustered_variance(row, index, sizes) for row in mixed) / pairs,
         seeds=seeds,
@@ -147,8 +146,9 @@ def cluster_index(clusters: Clusters) -> NDArray[np.intp]:
     return np.unique(np.asarray(clusters), return_inverse=True)[1]
 
 
-def effective_clusters(sizes: Floats) -> float:
-    """Number of equal clusters that would say as much as clusters of these sizes."""
+def independent_examples(clusters: Clusters) -> float:
+    """Number of independent examples that say as much, if those of a cluster are all alike."""
+    sizes = np.bincount(cluster_index(clusters)).astype(float)
     return float(sizes.sum() ** 2 / (sizes**2).sum())
 
 
@@ -161,6 +161,15 @@ def _clustered_variance(residuals: Floats, index: NDArray[np.intp], sizes: Float
     return float((sums**2 / (1 - sizes / n)).sum() / n**2)
 
 
+def _clustered_df(residuals: Floats, index: NDArray[np.intp], sizes: Floats) -> float:
+    """Degrees of freedom of the above: of a sum of clusters whose variances differ with size."""
+    squares, pairs = float((residuals**2).sum()), float((sizes * (sizes - 1)).sum())
+    alike = float((_sums(residuals, index) ** 2).sum()) - squares
+    correlation = min(max(alike / pairs / (squares / sizes.sum()), 0), 1) if pairs * squares else 0
+    variances = sizes * (1 + (sizes - 1) * correlation)
+    return max(float(variances.sum() ** 2 / (variances**2).sum()) - 1, 1.0)
+
+
 def _sums(values: Floats, index: NDArray[np.intp]) -> Floats:
     """Sum of the values of each cluster, shape (clusters,)."""
     return np.asarray(np.bincount(index, values), dtype=np.float64)
@@ -170,8 +179,8 @@ def mean_score(scores: Floats, clusters: Clusters) -> Estimate:
     """Mean of scores between 0 and 1 with a 95 % interval that stays between 0 and 1.
 
     Wilson's interval (1927) at the effective number of examples ``mean (1 - mean) / variance``
-    with Student's quantile (Dean and Pagano 2015, for surveys). Where all scores are equal the
-    effective number of clusters stands in: 0 of 300 is 0.0 to 1.3 %, never plus or minus nothing.
+    with Student's quantile (Dean and Pagano 2015, for surveys). Where all scores are equal, the
+    examples of a cluster count as one: 0 of 300 is 0.0 to 1.3 %, never plus or minus nothing.
 
     Args:
         scores: between 0 and 1, shape (seeds, examples).
@@ -180,8 +189,7 @@ def mean_score(scores: Floats, clusters: Clusters) -> Estimate:
     """
     found = effect(scores, clusters)
     mean, variance = min(max(found.mean, 0.0), 1.0), found.error**2
-    sizes = np.bincount(cluster_index(clusters)).astype(float)
-    size = mean * (1 - mean) / variance if variance > 0 else effective_clusters(sizes)
+    size = mean * (1 - mean) / variance if variance > 0 else independent_examples(clusters)
     square = _t_quantile(found.df, LEVEL) ** 2
     centre = (size * mean + square / 2) / (size + square)
     half = math.sqrt(square * size * mean * (1 - mean) + square**2 / 4) / (size + square)
@@ -205,7 +213,7 @@ def paired_difference(scores: Floats, reference: Floats, clusters: Clusters) -> 
     differences = scores - reference.mean(axis=0)
     found = effect(differences, clusters)
     differing = len(set(cluster_index(clusters)[(differences != 0).any(axis=0)]))
-    missing = max(_LEAST_DIFFERING - differing, 0) / (found.examples_df + 1) ** 2
+    missing = max(_LEAST_DIFFERING - differing, 0) / independent_examples(clusters) ** 2
     return replace(found, examples_variance=found.examples_variance + missing)
 
 
