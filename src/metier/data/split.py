@@ -16,9 +16,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -115,7 +114,7 @@ def assemble(
     Rows of an official test part are never removed; what overlaps with them is, elsewhere.
 
     Raises:
-        DataError: an id stands in two files, or there are too few examples.
+        DataError: there are too few examples.
 
     """
     open_parts: list[Part] = ["train"]
@@ -124,8 +123,7 @@ def assemble(
     placed = [(row, _part_of(row.group, config, open_parts)) for row in train]
     placed += [(row, "validation") for row in validation or ()]
     placed += [(row, "test") for row in test or ()]
-    placed.sort(key=lambda pair: pair[0].id)
-    _refuse_repeated_ids([row for row, _ in placed])
+    placed = sorted(_with_own_ids(placed), key=lambda pair: pair[0].id)
     rows = [row for row, _ in placed]
     part = {row.id: where for row, where in placed}
 
@@ -170,14 +168,13 @@ def _part_of(group: str, config: SplitConfig, open_parts: Sequence[Part]) -> Par
     return "train"
 
 
-def _refuse_repeated_ids(rows: Sequence[Example]) -> None:
-    for before, row in pairwise(rows):
-        if before.id == row.id and before.source != row.source:
-            raise DataError(
-                row.source,
-                f"the id '{row.id}' stands at {before.source} too",
-                "give every row of all parts an id of its own, or do not name data.columns.id",
-            )
+def _with_own_ids(placed: Iterable[tuple[Example, Part]]) -> Iterator[tuple[Example, Part]]:
+    """Rows with an id of their own, where two files use one id: the more protected keeps it."""
+    taken: set[str] = set()
+    for row, name in sorted(placed, key=lambda pair: PARTS.index(pair[1]), reverse=True):
+        own = row if row.id not in taken else replace(row, id=f"{name}:{row.id}")
+        taken.add(own.id)
+        yield own, name
 
 
 def _near_duplicates(rows: Sequence[Example], threshold: float) -> dict[str, str]:
@@ -188,7 +185,7 @@ def _near_duplicates(rows: Sequence[Example], threshold: float) -> dict[str, str
 
 def _remove_overlaps(
     rows: Sequence[Example], part: dict[str, Part], cluster: Mapping[str, str]
-) -> Iterable[str]:
+) -> Iterator[str]:
     """Take rows that overlap with a more protected part out of `part`; yield the reasons."""
     keys = {
         "duplicate": {row.id: prepare.normalise(prepare.text_of(row)) for row in rows},
