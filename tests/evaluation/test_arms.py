@@ -84,6 +84,14 @@ def test_an_input_never_finds_itself_its_copies_or_its_group() -> None:
     assert {example.input for example in found} == {TRAIN[3].input, TRAIN[4].input}
 
 
+def test_one_large_group_is_cheap_and_hides_itself_only() -> None:
+    many = [_example(f"question {at} about cards", "cards", "all") for at in range(3000)]
+    other = _example("question about refunds", "refunds", "other")
+    look_up = shots([*many, other], LexicalIndex, 2)
+    assert look_up(many[7].input) == [other]
+    assert len(look_up("question about cards")) == 2
+
+
 def test_a_new_input_finds_the_nearest_first() -> None:
     found = shots(TRAIN, LexicalIndex, 2)("my refund did not come, where is it")
     assert found[0] is TRAIN[3]

@@ -51,21 +51,27 @@ class Neighbours(Generic[T]):
         self._index = index
         self._items = items
         self._k = k
-        members: dict[str, set[int]] = {}
-        for position, group in enumerate(groups):
-            if group:
-                members.setdefault(group, set()).add(position)
-        self._kin: dict[str, set[int]] = {}
+        # Where each key stands, in which groups, and where each group stands.
+        self._same: dict[str, set[int]] = {}
+        self._groups: dict[str, set[str]] = {}
+        self._members: dict[str, set[int]] = {}
         for position, (key, group) in enumerate(zip(keys, groups, strict=True)):
-            kin = self._kin.setdefault(normalise(key), set())
-            kin |= {position} | members.get(group, set())
+            self._same.setdefault(normalise(key), set()).add(position)
+            if group:
+                self._groups.setdefault(normalise(key), set()).add(group)
+                self._members.setdefault(group, set()).add(position)
 
     def __call__(self, text: str) -> list[T]:
         """At most `k` items, nearest first."""
-        hidden = self._kin.get(normalise(text), set())
+        hidden = self._kin(normalise(text))
         hits = self._index.search(text, self._k + len(hidden))
         shown = [hit.position for hit in hits if hit.position not in hidden]
         return [self._items[position] for position in shown[: self._k]]
+
+    def _kin(self, key: str) -> set[int]:
+        """Positions of a key and of the groups it stands in."""
+        groups = self._groups.get(key, set())
+        return self._same.get(key, set()).union(*(self._members[group] for group in groups))
 
 
 def shots(

@@ -45,6 +45,9 @@ _DIGESTS = {
 class HybridIndex:
     """BM25 and cosine similarity of sentence vectors, fused by reciprocal rank.
 
+    Vectors see the beginning of a text only, as far as the model reads (MiniLM: 256 word pieces);
+    BM25 sees all of it.
+
     Args:
         texts: what is searched.
         directory: where the vectors are kept; vectors of the same texts and weights are reused.
