@@ -7,14 +7,21 @@ have stopped leave the batch.
 
 from __future__ import annotations
 
-import contextlib
-import copy
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from metier.errors import ModelError
+from metier.model.decoder import (
+    Decoder,
+    Ids,
+    batches,
+    evaluating,
+    has_plain_cache,
+    read_prefix,
+    repeated,
+)
 from metier.records import Chat, Completion
 from metier.text.pieces import Pieces
 from metier.text.template import Renderer
@@ -22,8 +29,6 @@ from metier.text.template import Renderer
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
-
-Ids = Sequence[int]
 
 # Logits held at once when continuations are scored: 2^26 float32 values are 256 MB.
 _LOGITS = 1 << 26
@@ -55,6 +60,7 @@ class Engine:
         self.renderer = renderer
         self.max_new_tokens = max_new_tokens
         self.batch_tokens = batch_tokens
+        self._plain = has_plain_cache(model)
         config: Any = model.config
         limit = getattr(config.get_text_config(), "max_position_embeddings", None)
         self.context: int | None = limit
@@ -91,8 +97,8 @@ class Engine:
             self._check_room(len(prompt), self.max_new_tokens, f"prompt {index}")
         written: list[list[int]] = [[] for _ in prompts]
         lengths = [len(prompt) + self.max_new_tokens for prompt in prompts]
-        for batch in _batches(lengths, self.batch_tokens):
-            with _evaluating(self.model):
+        for batch in batches(lengths, self.batch_tokens if self._plain else 0):
+            with evaluating(self.model):
                 answers = self._greedy([prompts[i] for i in batch])
             for index, ids in zip(batch, answers, strict=True):
                 written[index] = ids
@@ -170,13 +176,14 @@ class Engine:
         for index, (prompt, _) in enumerate(pairs):
             groups.setdefault(tuple(prompt), []).append(index)
         sums = [0.0] * len(pairs)
-        alone = [members[0] for members in groups.values() if len(members) == 1]
-        rows = [_Row(i, (*pairs[i][0], *pairs[i][1]), len(pairs[i][0])) for i in alone]
-        self._score((), rows, sums)
+        alone: list[_Row] = []
         for prompt, members in groups.items():
-            if len(members) > 1:
-                rows = [_Row(i, (prompt[-1], *pairs[i][1]), 1) for i in members]
-                self._score(prompt[:-1], rows, sums)
+            if len(members) == 1 or not self._plain:
+                alone += [_Row(i, (*prompt, *pairs[i][1]), len(prompt)) for i in members]
+            else:
+                after = [_Row(i, (prompt[-1], *pairs[i][1]), 1) for i in members]
+                self._score(prompt[:-1], after, sums)
+        self._score((), alone, sums)
         return sums
 
     def _check_room(self, prompt: int, room: int, place: str) -> None:
@@ -192,7 +199,7 @@ class Engine:
 
     def _greedy(self, prompts: list[Ids]) -> list[list[int]]:
         """Continuations of one batch."""
-        decoder = _Decoder(self.model, prompts, self.renderer.tokenizer.pad_id)
+        decoder = Decoder(self.model, prompts, self.max_new_tokens, self.renderer.tokenizer.pad_id)
         device = self.model.device
         written = torch.zeros(len(prompts), self.max_new_tokens, dtype=torch.long, device=device)
         lengths = torch.full((len(prompts),), self.max_new_tokens, device=device)
@@ -217,7 +224,7 @@ class Engine:
         ]
 
     def _tokens(self, prompt: Ids, limit: int, draw: _Draw) -> Iterator[int]:
-        decoder = _Decoder(self.model, [prompt], self.renderer.tokenizer.pad_id)
+        decoder = Decoder(self.model, [prompt], limit, self.renderer.tokenizer.pad_id)
         for step in range(limit):
             token = draw(decoder.logits[0])
             yield token
@@ -226,20 +233,14 @@ class Engine:
 
     def _score(self, prefix: Ids, rows: list[_Row], sums: list[float]) -> None:
         """Fill in the sums of rows that all follow one prefix."""
-        with _evaluating(self.model):
-            cache = self._read(prefix) if prefix else None
+        with evaluating(self.model):
+            cache = read_prefix(self.model, prefix)
             lengths = [len(prefix) + len(row.ids) for row in rows]
             vocabulary: int = self.model.config.get_text_config().vocab_size
-            for batch in _batches(lengths, min(self.batch_tokens, _LOGITS // vocabulary)):
+            for batch in batches(lengths, min(self.batch_tokens, _LOGITS // vocabulary)):
                 chosen = [rows[i] for i in batch]
                 for row, value in zip(chosen, self._sums(cache, chosen), strict=True):
                     sums[row.place] = value
-
-    def _read(self, prefix: Ids) -> Any:
-        """Cache of keys and values of a prefix."""
-        ids = torch.tensor([list(prefix)], device=self.model.device)
-        output: Any = self.model(input_ids=ids, use_cache=True, logits_to_keep=1)
-        return output.past_key_values
 
     def _sums(self, cache: Any, rows: list[_Row]) -> list[float]:
         """Sums of one batch, padded on the right, where causal attention never looks."""
@@ -250,13 +251,10 @@ class Engine:
         for i, row in enumerate(rows):
             ids[i, : len(row.ids)] = torch.tensor(row.ids)
             wanted[i, row.start : len(row.ids)] = torch.tensor(row.ids[row.start :])
-        if cache is not None:
-            cache = copy.deepcopy(cache)
-            cache.batch_repeat_interleave(len(rows))
         first = min(row.start for row in rows) - 1
         output: Any = self.model(
             input_ids=ids.to(device),
-            past_key_values=cache,
+            past_key_values=repeated(cache, len(rows)) if cache else None,
             use_cache=cache is not None,
             logits_to_keep=length - first,
         )
@@ -279,54 +277,6 @@ class _Row(NamedTuple):
     start: int
 
 
-class _Decoder:
-    """Rows that write side by side.
-
-    Attributes:
-        logits: of each row's next token, (rows, vocabulary).
-
-    """
-
-    def __init__(self, model: Any, prompts: Sequence[Ids], pad_id: int) -> None:
-        self._model = model
-        length = max(len(prompt) for prompt in prompts)
-        padded = [[pad_id] * (length - len(prompt)) + list(prompt) for prompt in prompts]
-        counts = torch.tensor([len(prompt) for prompt in prompts])
-        mask = torch.arange(length) >= length - counts[:, None]
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        self._mask = mask.to(model.device)
-        self._cache: Any = None
-        self._next = counts[:, None].to(model.device)
-        self.logits = self._forward(
-            torch.tensor(padded, device=model.device), positions.to(model.device)
-        )
-
-    def push(self, tokens: torch.Tensor) -> None:
-        """Append one token to each row."""
-        self._mask = torch.nn.functional.pad(self._mask, (0, 1), value=True)
-        self.logits = self._forward(tokens[:, None], self._next)
-        self._next = self._next + 1
-
-    def keep(self, rows: torch.Tensor) -> None:
-        """Let all other rows leave."""
-        self._cache.batch_select_indices(rows)
-        self._mask, self._next = self._mask[rows], self._next[rows]
-
-    def _forward(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        with _evaluating(self._model):
-            output = self._model(
-                input_ids=ids,
-                attention_mask=self._mask,
-                position_ids=positions,
-                past_key_values=self._cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-        self._cache = output.past_key_values
-        logits: torch.Tensor = output.logits[:, -1]
-        return logits
-
-
 class _Draw:
     """Chooses a token from logits: the likeliest, or drawn at a temperature."""
 
@@ -347,29 +297,3 @@ class _Draw:
         # A token stays while the likelier ones hold less than top_p; the first always stays.
         ranked[ranked.cumsum(0) - ranked >= self._top_p] = 0
         return int(tokens[torch.multinomial(ranked, 1, generator=self._generator)])
-
-
-def _batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Indices in batches of similar length, the longest first, each within a token budget."""
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    batches: list[list[int]] = []
-    for index in order:
-        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= budget:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-    return batches
-
-
-@contextlib.contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """No gradients and no dropout, whatever the model was doing before."""
-    training = model.training
-    if training:
-        model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        if training:
-            model.train()

@@ -1,0 +1,228 @@
+"""Rows of one batch that read their prompts and then write side by side.
+
+Prompts are read in chunks padded on the right, where causal attention needs no mask; what they
+have in common at the start is read once. Their keys and values then lie padded on the left in
+buffers made once, so that all rows write their next token at the same place::
+
+    slot      0   1   2   3   4   5   6  ...
+    row 0     -   a   b   c   d   e   .        - blank   . free
+    row 1     -   -   -   -   x   y   .
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+Ids = Sequence[int]
+
+# Prompt tokens read at once: larger chunks are slower on a processor, no faster on a GPU.
+_CHUNK = 4096
+# A shorter common start is not worth reading apart.
+_SHARED = 16
+
+
+class Decoder:
+    """Rows that write side by side.
+
+    Models whose memory is more than keys and values (state-space, linear attention) can only
+    have one row.
+
+    Attributes:
+        logits: of each row's next token, shape (rows, vocabulary).
+
+    """
+
+    def __init__(self, model: Any, prompts: Sequence[Ids], room: int, pad_id: int) -> None:
+        self._model = model
+        self._device = model.device
+        self._cache: Any = None
+        self._mask: torch.Tensor | None = None
+        if not has_plain_cache(model):
+            self._next = torch.tensor([[len(prompts[0])]], device=self._device)
+            self.logits = self._forward(torch.tensor([list(prompts[0])], device=self._device), None)
+            return
+        with evaluating(model):
+            self._cache = _read(model, [prompt[:-1] for prompt in prompts], room, pad_id)
+        counts = torch.tensor([[len(prompt)] for prompt in prompts], device=self._device)
+        # Slot 0 is blank in every row: with nothing masked at all, PyTorch's attention takes a
+        # path that is several times slower for grouped heads in bfloat16.
+        slots = torch.arange(int(counts.max()), device=self._device)
+        self._mask = slots > counts.max() - counts
+        self._next = counts - 1
+        self.push(torch.tensor([prompt[-1] for prompt in prompts], device=self._device))
+
+    def push(self, tokens: torch.Tensor) -> None:
+        """Append one token to each row; tokens has shape (rows,)."""
+        if self._mask is not None:
+            self._mask = torch.nn.functional.pad(self._mask, (0, 1), value=True)
+        self.logits = self._forward(tokens[:, None], self._next)
+        self._next = self._next + 1
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Let all other rows leave."""
+        self._cache.batch_select_indices(rows)
+        self._next = self._next[rows]
+        if self._mask is not None:
+            self._mask = self._mask[rows]
+
+    def _forward(self, ids: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
+        with evaluating(self._model):
+            output = self._model(
+                input_ids=ids,
+                attention_mask=self._mask,
+                position_ids=positions,
+                past_key_values=self._cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        self._cache = output.past_key_values
+        logits: torch.Tensor = output.logits[:, -1]
+        return logits
+
+
+class _Buffers(DynamicLayer):  # type: ignore[no-untyped-call]
+    """Keys and values of one layer, in buffers made once: (rows, heads, capacity, size)."""
+
+    def __init__(self, rows: int, used: int, capacity: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._rows, self._used, self._capacity = rows, used, capacity
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Make the buffers for heads like these."""
+        self._key_buffer = self._make(key_states)
+        self._value_buffer = self._make(value_states)
+        self._look(self._used)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write the next slots of all rows; returns everything so far."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start, end = self._used, self._used + key_states.shape[-2]
+        self._key_buffer[:, :, start:end] = key_states
+        self._value_buffer[:, :, start:end] = value_states
+        return self._look(end)
+
+    def place(self, row: int, count: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Put the first `count` keys and values, (heads, n, size), at the end of a row."""
+        if not self.is_initialized:
+            self.lazy_initialization(keys[None], values[None])
+        start = self._used - count
+        self._key_buffer[row, :, start : self._used] = keys[:, :count]
+        self._value_buffer[row, :, start : self._used] = values[:, :count]
+
+    def get_seq_length(self) -> int:
+        """Slots in use."""
+        return self._used
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep some rows."""
+        self._key_buffer = self._key_buffer[indices]
+        self._value_buffer = self._value_buffer[indices]
+        self._look(self._used)
+
+    def _make(self, like: torch.Tensor) -> torch.Tensor:
+        return like.new_zeros(self._rows, like.shape[1], self._capacity, like.shape[3])
+
+    def _look(self, used: int) -> tuple[torch.Tensor, torch.Tensor]:
+        self._used = used
+        self.keys = self._key_buffer[:, :, :used]
+        self.values = self._value_buffer[:, :, :used]
+        return self.keys, self.values
+
+
+def has_plain_cache(model: Any) -> bool:
+    """Whether a model remembers by keys and values alone."""
+    layers = DynamicCache(config=model.config.get_text_config()).layers
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+
+
+def read_prefix(model: Any, prefix: Ids) -> Any:
+    """Cache of one prefix, for `repeated`; None for an empty one."""
+    if not prefix:
+        return None
+    ids = torch.tensor([list(prefix)], device=model.device)
+    output = model(input_ids=ids, past_key_values=DynamicCache(), use_cache=True, logits_to_keep=1)
+    return output.past_key_values
+
+
+def repeated(cache: Any, rows: int) -> Any:
+    """A copy of a prefix's cache for several rows."""
+    cache = copy.deepcopy(cache)
+    cache.batch_repeat_interleave(rows)
+    return cache
+
+
+def batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Indices in batches of similar length, the longest first, each within a token budget."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    found: list[list[int]] = []
+    for index in order:
+        if found and lengths[found[-1][0]] * (len(found[-1]) + 1) <= budget:
+            found[-1].append(index)
+        else:
+            found.append([index])
+    return found
+
+
+@contextlib.contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """No gradients and no dropout, whatever the model was doing before."""
+    training = model.training
+    if training:
+        model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        if training:
+            model.train()
+
+
+def _read(model: Any, bodies: Sequence[Ids], room: int, pad_id: int) -> Cache:
+    """Read prompts into buffers with room to write."""
+    used = 1 + max(len(body) for body in bodies)
+    make = partial(_Buffers, len(bodies), used, used + room)
+    start = _common_start(bodies)
+    prefix = read_prefix(model, bodies[0][:start])
+    layers: list[_Buffers] = []
+    for chunk in batches([len(body) - start for body in bodies], _CHUNK):
+        found = _read_chunk(model, prefix, [bodies[row][start:] for row in chunk], pad_id)
+        layers = layers or [make() for _ in found.layers]
+        for layer, read in zip(layers, found.layers, strict=True):
+            for place, row in enumerate(chunk):
+                layer.place(row, len(bodies[row]), read.keys[place], read.values[place])
+    if not layers:
+        return Cache(layer_class_to_replicate=make)  # type: ignore[arg-type]
+    return Cache(layers=list(layers))
+
+
+def _read_chunk(model: Any, prefix: Any, suffixes: list[Ids], pad_id: int) -> Any:
+    """Cache of some prompts, the prefix included, padded on the right."""
+    cache = repeated(prefix, len(suffixes)) if prefix else DynamicCache()
+    length = max(len(suffix) for suffix in suffixes)
+    if length == 0:
+        return cache
+    padded = [[*suffix, *[pad_id] * (length - len(suffix))] for suffix in suffixes]
+    ids = torch.tensor(padded, device=model.device)
+    return model(
+        input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1
+    ).past_key_values
+
+
+def _common_start(bodies: Sequence[Ids]) -> int:
+    """Length of what all prompts begin with; 0 where it is not worth reading apart."""
+    first, last = min(bodies, key=tuple), max(bodies, key=tuple)
+    pairs = zip(first, last, strict=False)
+    common = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(last)))
+    return common if len(bodies) > 1 and common >= _SHARED else 0
