@@ -1,0 +1,196 @@
+"""Run an arm over examples and grade what it answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import resource
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from metier.errors import RunError
+from metier.evaluation.schema import Sample
+from metier.graders import Grader, LabelSet
+from metier.progress import Progress, Silent
+from metier.records import Chat, Completion, Example, Generator, Score
+
+FILE = "graded.jsonl"
+_CHUNK = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Graded:
+    """One example with what an arm answered and what that is worth."""
+
+    example: Example
+    completion: Completion
+    score: Score
+
+
+def evaluate(
+    generator: Generator,
+    examples: Sequence[Example],
+    grader: Grader,
+    progress: Progress | None = None,
+) -> list[Graded]:
+    """Answer and grade every example, in order.
+
+    Answers are asked for and graded in chunks, so that a grader that fails does so early.
+
+    Args:
+        generator: the arm; it sees no expected output.
+        examples: what to answer.
+        grader: gives the scores.
+        progress: told of every example done; its stage is the caller's.
+
+    Raises:
+        MetierError: whatever the arm or the grader raises.
+
+    """
+    progress = progress or Silent()
+    graded: list[Graded] = []
+    for start in range(0, len(examples), _CHUNK):
+        chunk = examples[start : start + _CHUNK]
+        completions = generator.generate([example.prompt for example in chunk])
+        for example, completion in zip(chunk, completions, strict=True):
+            graded.append(Graded(example, completion, grader.grade(completion.text, example)))
+        progress.advance(len(chunk))
+    return graded
+
+
+def measure_latency(
+    generator: Generator, chats: Sequence[Chat], repeats: int = 1
+) -> tuple[float, float]:
+    """Median and 95th percentile of seconds for one request alone.
+
+    Every chat is asked `repeats` times, one at a time, after one warm-up request that does not
+    count. The percentiles interpolate between the times measured: with few chats the 95th is
+    near the slowest.
+
+    """
+    generator.generate([chats[0]])
+    seconds = []
+    for chat in [*chats] * repeats:
+        start = time.perf_counter()
+        generator.generate([chat])
+        seconds.append(time.perf_counter() - start)
+    p50, p95 = np.percentile(seconds, [50, 95])
+    return float(p50), float(p95)
+
+
+def peak_memory() -> int:
+    """Bytes of memory this process has held at most since it started.
+
+    The mark is never lowered: the peak of one arm alone needs a process of its own.
+    """
+    if sys.platform == "linux":  # where ru_maxrss would hold the parent's peak too
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+
+
+def save_graded(directory: Path, graded: Sequence[Graded]) -> None:
+    """Write graded answers into a stage's directory, one JSON line per example, by its id."""
+    with (directory / FILE).open("w", encoding="utf-8") as file:
+        for item in graded:
+            row = {
+                "id": item.example.id,
+                "completion": dataclasses.asdict(item.completion),
+                "score": dataclasses.asdict(item.score),
+            }
+            file.write(json.dumps(row) + "\n")
+
+
+def load_graded(directory: Path, examples: Sequence[Example]) -> list[Graded]:
+    """Read what `save_graded` wrote for these examples.
+
+    Raises:
+        RunError: the file is missing or damaged, or was written for other examples.
+
+    """
+    path = directory / FILE
+    remedy = "delete this directory; the run makes it again"
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines]
+        answers = [(Completion(**row["completion"]), Score(**row["score"])) for row in rows]
+        ids = [row["id"] for row in rows]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise RunError(str(path), f"cannot be read ({error})", remedy) from None
+    if ids != [example.id for example in examples]:
+        raise RunError(str(path), "was written for other examples", remedy)
+    return [
+        Graded(example, completion, score)
+        for example, (completion, score) in zip(examples, answers, strict=True)
+    ]
+
+
+def confusion(labels: Sequence[str], graded: Sequence[Graded]) -> tuple[tuple[int, int, int], ...]:
+    """Counts of (place of the true label, place of the answered label), as `ArmDetails` has them.
+
+    A place is an index into `labels`; ``len(labels)`` stands for an answer that is no label.
+    """
+    label_set = LabelSet(labels)
+    counts = Counter(
+        (label_set.row(item.example.answer), label_set.row(item.completion.text)) for item in graded
+    )
+    return tuple((true, answered, counts[true, answered]) for true, answered in sorted(counts))
+
+
+def won_and_lost(
+    graded: Sequence[Graded], reference: Sequence[Graded], limit: int = 10
+) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
+    """Examples that an arm answers better, and those it answers worse, than the reference.
+
+    The largest differences come first. Among equal ones the choice is by a hash of the id: the
+    same in every run, and not the first rows of the file. While there are enough, no two are of
+    one group.
+
+    Args:
+        graded: of the arm.
+        reference: of the reference, for the same examples in the same order.
+        limit: how many of each at most.
+
+    """
+    pairs = [
+        (item.score.value - other.score.value, item, other)
+        for item, other in zip(graded, reference, strict=True)
+    ]
+    won = [(margin, item, other) for margin, item, other in pairs if margin > 0]
+    lost = [(-margin, item, other) for margin, item, other in pairs if margin < 0]
+    return _choose(won, limit), _choose(lost, limit)
+
+
+def _choose(pairs: list[tuple[float, Graded, Graded]], limit: int) -> tuple[Sample, ...]:
+    """Largest margins first; a second one of a group only when the groups run out."""
+    pairs = sorted(pairs, key=lambda pair: (-pair[0], _shuffle_key(pair[1].example.id)))
+    first_of_group: dict[str, int] = {}
+    for place, (_, item, _) in enumerate(pairs):
+        first_of_group.setdefault(item.example.group or f"id {item.example.id}", place)
+    firsts = set(first_of_group.values())
+    by_preference = sorted(range(len(pairs)), key=lambda place: (place not in firsts, place))
+    return tuple(_sample(*pairs[place][1:]) for place in sorted(by_preference[:limit]))
+
+
+def _shuffle_key(name: str) -> bytes:
+    return hashlib.sha256(name.encode(errors="surrogatepass")).digest()
+
+
+def _sample(item: Graded, other: Graded) -> Sample:
+    return Sample(
+        id=item.example.id,
+        input=item.example.input,
+        expected=item.example.answer,
+        answer=item.completion.text,
+        score=item.score.value,
+        explanation=item.score.explanation,
+        reference_answer=other.completion.text,
+        reference_score=other.score.value,
+    )
