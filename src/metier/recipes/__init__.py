@@ -1,0 +1,249 @@
+"""Name to function: what the command line and Python users call, and where stages meet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from metier.errors import ConfigError
+from metier.progress import Progress, Silent
+
+if TYPE_CHECKING:
+    from metier.data.audit import Audit
+    from metier.evaluation.schema import Verdict
+    from metier.recipes.planning import Plan
+    from metier.recipes.specialist import Specialist
+
+__all__ = [
+    "audit",
+    "demo",
+    "init",
+    "plan",
+    "predict",
+    "pretrain",
+    "run",
+    "run_directory",
+    "serve",
+    "specialist",
+    "train",
+]
+
+
+def run_directory(task: str, out: Path | None = None) -> Path:
+    """Where a run of a task is kept: `out`, by default ``runs/<task>`` below this directory."""
+    return out or Path("runs") / task
+
+
+def demo(
+    name: str = "stdlib",
+    out: Path | None = None,
+    overrides: Sequence[str] = (),
+    budget: float | None = None,
+    progress: Progress | None = None,
+) -> Verdict:
+    """Run the whole loop on a built-in task: no network, no accelerator.
+
+    Args:
+        name: ``stdlib`` or ``extract``.
+        out: run directory; the task.yaml is written into it.
+        overrides: ``key=value`` with dotted keys.
+        budget: minutes the run may take.
+        progress: is told every step.
+
+    """
+    import yaml
+
+    from metier.data import builtin
+    from metier.runs import write_atomic
+
+    values = builtin.task_values(name)
+    directory = run_directory(str(values["name"]), out)
+    task_file = directory / "task.yaml"
+    write_atomic(task_file, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    return run(task_file, directory, overrides, budget, progress)
+
+
+def init(file: Path, out: Path | None = None, force: bool = False) -> Path:
+    """Look at a data file and write a task.yaml for it, each guess explained.
+
+    Args:
+        file: JSONL, CSV, TSV, JSON or Parquet.
+        out: the task.yaml to write; by default beside `file`.
+        force: write over an existing one.
+
+    Raises:
+        DataError: the file cannot be understood.
+        ConfigError: the task.yaml exists already.
+
+    """
+    from metier.data.propose import propose
+    from metier.runs import write_atomic
+
+    target = out or file.parent / "task.yaml"
+    if target.is_dir():
+        target = target / "task.yaml"
+    if target.exists() and not force:
+        raise ConfigError(str(target), "exists already", "add --force, or give another --out")
+    write_atomic(target, propose(file))
+    return target
+
+
+def audit(task_file: Path, overrides: Sequence[str] = ()) -> Audit:
+    """Say what is in the data of a task, what is wrong with it and what would leak."""
+    from metier.data.audit import audit as look
+    from metier.recipes.workbench import open_workbench, read_task
+
+    task = read_task(task_file, overrides)
+    bench = open_workbench(task, task_file.parent)
+    return look(bench.parts, task.kind, task.split.near_duplicate)
+
+
+def plan(task_file: Path, overrides: Sequence[str] = (), progress: Progress | None = None) -> Plan:
+    """Estimate time and memory of every arm before anything runs."""
+    from metier.recipes import planning
+    from metier.recipes.workbench import open_workbench, read_task
+
+    task = read_task(task_file, overrides)
+    return planning.plan(open_workbench(task, task_file.parent), progress or Silent())
+
+
+def run(
+    task_file: Path,
+    out: Path | None = None,
+    overrides: Sequence[str] = (),
+    budget: float | None = None,
+    progress: Progress | None = None,
+) -> Verdict:
+    """Compare the arms of a task on a sealed test part and decide; goes on where it stopped.
+
+    Args:
+        task_file: task.yaml.
+        out: run directory; see `run_directory`.
+        overrides: ``key=value`` with dotted keys.
+        budget: minutes the run may take; by default the task's.
+        progress: is told every step.
+
+    Raises:
+        MetierError: something in the task, the data or the machine must be mended first.
+
+    """
+    from metier.model.device import set_threads
+    from metier.recipes import experiment
+    from metier.task import Task
+
+    set_threads()
+    directory = run_directory(Task.load(task_file, overrides).name, out)
+    return experiment.run(task_file, directory, overrides, budget, progress or Silent())
+
+
+def train(
+    task_file: Path,
+    arm: str,
+    out: Path | None = None,
+    overrides: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> Path:
+    """Train one tuned arm with the task's first seed, without a verdict.
+
+    Returns:
+        the directory with adapter or model.
+
+    Raises:
+        ConfigError: the arm is not a tuned one, or does not fit the task.
+
+    """
+    from metier.model.device import set_threads
+    from metier.recipes.experiment import train_one
+    from metier.task import Task
+
+    set_threads()
+    overrides = [*overrides, f"arms=['{arm}']"]
+    directory = run_directory(Task.load(task_file, overrides).name, out)
+    return train_one(task_file, directory, overrides, progress or Silent())
+
+
+def pretrain(
+    config_file: Path,
+    out: Path | None = None,
+    overrides: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> Path:
+    """Train a tokenizer and a base from random weights on streamed text.
+
+    Returns:
+        the directory of the base in Hugging Face layout.
+
+    """
+    from metier.model.device import choose_device, compute_dtype, set_threads
+    from metier.training import pretrain as pretraining
+
+    set_threads()
+    config = pretraining.PretrainConfig.load(config_file, overrides)
+    return pretraining.pretrain(
+        config,
+        config_file.parent,
+        run_directory(config.name, out),
+        dtype=compute_dtype(choose_device("cpu")),
+        progress=progress,
+    )
+
+
+def specialist(run: Path, arm: str | None = None) -> Specialist:
+    """Load an arm of a finished run; by default the one its verdict names."""
+    from metier.model.device import set_threads
+    from metier.recipes.specialist import load_specialist
+
+    set_threads()
+    return load_specialist(run, arm)
+
+
+def predict(
+    run: Path,
+    file: Path,
+    out: Path | None = None,
+    arm: str | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Write a specialist's answers to every input of a file, as JSON lines.
+
+    Args:
+        run: directory of a finished run.
+        file: inputs, laid out as the task's data; outputs in it are ignored.
+        out: file to write; by default beside `file`.
+        arm: by default the one the verdict names.
+        progress: is told every input.
+
+    """
+    from metier.model.device import set_threads
+    from metier.recipes.specialist import predict as answer
+
+    set_threads()
+    return answer(run, file, out, arm, progress or Silent())
+
+
+def serve(
+    run: Path,
+    arm: str | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    api_key: str | None = None,
+    allowed_hosts: Collection[str] = (),
+    announce: Callable[[str], None] = print,
+) -> None:
+    """Serve a specialist as an OpenAI-compatible API until interrupted.
+
+    Args:
+        run: directory of a finished run.
+        arm: by default the one the verdict names.
+        host: address to listen on.
+        port: port; 0 for any free one.
+        api_key: what clients must send; None asks for none.
+        allowed_hosts: host names clients may address it by besides those of this machine.
+        announce: is told the address once it listens.
+
+    """
+    from metier.serving import gateway
+
+    loaded = specialist(run, arm)
+    gateway.serve({loaded.name: loaded}, host, port, api_key, allowed_hosts, announce)

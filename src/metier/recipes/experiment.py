@@ -1,0 +1,428 @@
+"""A run: make the arms, judge them on validation, open the sealed test part once, decide.
+
+Every step is a stage of the run directory, named by the hash of what went into it: a run that was
+interrupted goes on after its last finished stage, and a changed setting redoes what depends on it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from metier import runs
+from metier.data.ledger import open_test
+from metier.errors import ConfigError, RunError
+from metier.evaluation import forgetting, runner
+from metier.evaluation.comparison import Measured
+from metier.evaluation.report import write_report
+from metier.evaluation.schema import ArmDetails, DataSummary, Forgotten, SeedResult, Verdict
+from metier.evaluation.verdict import decide
+from metier.graders import summarise
+from metier.model.load import base_hash
+from metier.model.memory import PeakMemory
+from metier.progress import Progress
+from metier.recipes import making, planning, tuning
+from metier.recipes.workbench import Workbench, open_workbench, read_task, save
+from metier.records import Example
+from metier.runs import Run, fingerprint
+from metier.task import TUNED_METHODS, Arm
+
+_LATENCY_CHATS = 12
+# Raise when stored results of older code must not be reused.
+_EDITION = 1
+
+
+@dataclass
+class Candidate:
+    """An arm with the directories that `making.make` wrote, one for each seed.
+
+    Attributes:
+        arm: which arm.
+        directories: one per seed; one for an arm that is not tuned.
+        validation: graded answers, per directory.
+        test: graded answers, per directory.
+        latency: median and 95th percentile of seconds for one request alone.
+        peak_memory: bytes of this process while it answered.
+        notes: what a reader must know of its answers.
+        forgetting: general abilities before and after.
+
+    """
+
+    arm: Arm
+    directories: list[Path] = field(default_factory=list)
+    validation: list[list[runner.Graded]] = field(default_factory=list)
+    test: list[list[runner.Graded]] = field(default_factory=list)
+    latency: tuple[float, float] = (0.0, 0.0)
+    peak_memory: int = 0
+    notes: tuple[str, ...] = ()
+    forgetting: tuple[Forgotten, ...] = ()
+
+
+def run(
+    task_file: Path,
+    out: Path,
+    overrides: Iterable[str],
+    budget: float | None,
+    progress: Progress,
+) -> Verdict:
+    """Compare the arms of a task and decide. The arguments are those of `recipes.run`."""
+    began = time.monotonic()
+    task = read_task(task_file, overrides)
+    progress.stage("read and split the data")
+    bench = open_workbench(task, task_file.parent)
+    planning.hold(planning.plan(bench, progress), budget or task.budget)
+    with Run(out) as directory:
+        experiment = Experiment(bench, directory, progress)
+        candidates = experiment.make_all()
+        openings = experiment.open_test()
+        for candidate in candidates:
+            experiment.test(candidate)
+        verdict, details = experiment.decide(candidates, openings)
+        verdict = verdict.model_copy(
+            update={
+                "command": " ".join(["metier", *sys.argv[1:]]),
+                "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                "seconds": time.monotonic() - began,
+                "versions": runs.versions(),
+            }
+        )
+        experiment.publish(verdict, details, candidates)
+    return verdict
+
+
+def train_one(task_file: Path, out: Path, overrides: Iterable[str], progress: Progress) -> Path:
+    """Train the only arm of a task with its first seed. See `recipes.train`."""
+    task = read_task(task_file, overrides)
+    (arm,) = task.chosen_arms()
+    if not arm.tuned:
+        raise ConfigError(f"arm '{arm.name}'", "is not trained", f"use {', '.join(TUNED_METHODS)}")
+    bench = open_workbench(task, task_file.parent)
+    with Run(out) as directory:
+        return Experiment(bench, directory, progress).tune(arm, task.training.seeds[0])
+
+
+class Experiment:
+    """The stages of one run over a workbench."""
+
+    def __init__(self, bench: Workbench, directory: Run, progress: Progress) -> None:
+        self._bench, self._run, self._progress = bench, directory, progress
+        self._hashes = {name: base_hash(name) for name in bench.task.bases()}
+        self._bench_dir = directory.stage(
+            "data",
+            {"rows": bench.train_identity, "task": bench.task.model_dump(mode="json")},
+            lambda path: save(bench, path),
+        )
+
+    def make_all(self) -> list[Candidate]:
+        """Make every arm and grade it on validation."""
+        candidates = [Candidate(arm) for arm in all_arms(self._bench)]
+        for candidate in candidates:
+            candidate.directories = self._make(candidate.arm)
+            candidate.validation = [
+                self._graded(candidate.arm, directory, "validation")
+                for directory in candidate.directories
+            ]
+        return candidates
+
+    def open_test(self) -> int:
+        """Record the opening of the sealed part; a run that goes on does not count twice."""
+        parts = self._bench.parts
+
+        def make(path: Path) -> None:
+            count = open_test(
+                self._bench.base_dir, self._bench.task.name, parts.test_fingerprint, "metier run"
+            )
+            (path / "opening.json").write_text(json.dumps({"openings": count}))
+
+        inputs = {"test": parts.test_fingerprint, "data": self._bench_dir.name}
+        path = self._run.stage("opening", inputs, make)
+        return int(json.loads((path / "opening.json").read_text())["openings"])
+
+    def test(self, candidate: Candidate) -> None:
+        """Grade an arm on the test part, and measure what else a verdict wants."""
+        arm, directories = candidate.arm, candidate.directories
+        candidate.test = [self._graded(arm, path, "test") for path in directories]
+        about = json.loads((self._measurements(arm, directories[0]) / "cost.json").read_text())
+        candidate.latency = (about["p50"], about["p95"])
+        candidate.peak_memory = about["peak_memory"]
+        candidate.notes = tuple(about["notes"])
+        if arm.tuned and arm.mode != "head":
+            candidate.forgetting = self._forgetting(arm, directories)
+        elif arm.tuned:
+            note = "a head names labels only: the base stays as it is, so nothing can be forgotten"
+            candidate.notes = (*candidate.notes, note)
+
+    def decide(
+        self, candidates: list[Candidate], openings: int
+    ) -> tuple[Verdict, list[ArmDetails]]:
+        """The verdict and what the report draws."""
+        bench = self._bench
+        parts = bench.parts
+        verdict = decide(
+            bench.task,
+            [self._measured(candidate) for candidate in candidates],
+            clusters=[parts.clusters[row.id] for row in parts.test],
+            expected=[row.answer for row in parts.test],
+            labels=bench.labels,
+            data=DataSummary(
+                train=len(parts.train),
+                validation=len(parts.validation),
+                test=len(parts.test),
+                test_clusters=len({parts.clusters[row.id] for row in parts.test}),
+                removed=parts.removed | bench.removed_passages,
+                test_openings=openings,
+                warnings=parts.warnings,
+            ),
+        )
+        reference = next(c for c in candidates if c.arm.name == verdict.reference)
+        return verdict, [self._details(c, reference) for c in candidates]
+
+    def publish(
+        self, verdict: Verdict, details: list[ArmDetails], candidates: list[Candidate]
+    ) -> None:
+        """Write verdict, report and the index of arms that `specialist` reads."""
+        out = self._run.path
+        index = {
+            "data": self._bench_dir.name,
+            "arms": {
+                c.arm.name: {
+                    "arm": c.arm.model_dump(),
+                    "directory": c.directories[self._best_seed(c)].name,
+                }
+                for c in candidates
+            },
+        }
+        runs.write_atomic(out / "arms.json", json.dumps(index, indent=1))
+        runs.write_atomic(out / "details.json", _json([d.model_dump(mode="json") for d in details]))
+        write_report(verdict, details, out / "report.html")
+        runs.write_atomic(out / "verdict.json", verdict.model_dump_json(indent=1))
+
+    def _best_seed(self, candidate: Candidate) -> int:
+        """The seed with the best validation score; test scores choose nothing."""
+        means = [_mean(graded) for graded in candidate.validation]
+        return means.index(max(means))
+
+    def _make(self, arm: Arm) -> list[Path]:
+        bench = self._bench
+        name = f"arm-{slug(arm)}"
+        if arm.tuned:
+            return [self.tune(arm, seed) for seed in bench.task.training.seeds]
+        if arm.method == "classical":
+            self._progress.stage("fit classical")
+            inputs = self._inputs(arm) | {"parts": "train+validation"}
+            return [self._run.stage(name, inputs, lambda p: making.fit_classical(bench, p))]
+        return [
+            self._run.stage(
+                name,
+                self._inputs(arm),
+                lambda p: making.choose_phrasing(bench, arm, p, self._progress),
+            )
+        ]
+
+    def tune(self, arm: Arm, seed: int) -> Path:
+        """Train an arm with one seed, or find it trained."""
+        bench = self._bench
+        inputs = self._inputs(arm) | {
+            "training": bench.task.training.model_dump(mode="json", exclude={"seeds"}),
+            "seed": seed,
+        }
+        scratch = self._run.path / "unfinished" / f"{slug(arm)}-{fingerprint(inputs)[:12]}"
+        path = self._run.stage(
+            f"arm-{slug(arm)}-seed{seed}",
+            inputs,
+            lambda p: tuning.tune(bench, arm, seed, p, scratch, self._progress),
+        )
+        shutil.rmtree(scratch, ignore_errors=True)
+        return path
+
+    def _inputs(self, arm: Arm) -> dict[str, Any]:
+        """Everything the making of an arm depends on."""
+        task = self._bench.task
+        kept = ("kind", "instruction", "good", "bad", "template", "max_new_tokens", "retrieval")
+        base = arm.base or task.bases()[0]
+        remote = task.remote.model_dump(mode="json") if task.remote else None
+        return {
+            "edition": _EDITION,
+            "arm": arm.name,
+            "base": None if arm.method in ("classical", "remote") else self._hashes[base],
+            "remote": remote if arm.method == "remote" else None,
+            "data": self._bench.train_identity,
+            "grader": self._bench.grader.identity,
+            "task": task.model_dump(mode="json", include=set(kept)),
+        }
+
+    def _graded(self, arm: Arm, directory: Path, part: str) -> list[runner.Graded]:
+        bench = self._bench
+        examples: tuple[Example, ...] = getattr(bench.parts, part)
+        inputs = {
+            "arm": directory.name,
+            "grader": bench.grader.identity,
+            "rows": [[row.id, row.messages] for row in examples],
+        }
+
+        def make(path: Path) -> None:
+            self._progress.stage(f"{part}: {directory.name.rpartition('-')[0]}", len(examples))
+            built = making.build(bench, arm, directory)
+            graded = runner.evaluate(built.generator, examples, bench.grader, self._progress)
+            runner.save_graded(path, graded)
+
+        path = self._run.stage(f"{part}-{slug(arm)}", inputs, make)
+        return runner.load_graded(path, examples)
+
+    def _measurements(self, arm: Arm, directory: Path) -> Path:
+        """Latency, memory and notes of an arm, measured on validation requests."""
+        bench = self._bench
+        chats = [row.prompt for row in bench.parts.validation[:_LATENCY_CHATS]]
+
+        def make(path: Path) -> None:
+            self._progress.stage(f"latency: {arm.name}")
+            with PeakMemory() as memory:
+                built = making.build(bench, arm, directory)
+                p50, p95 = runner.measure_latency(built.generator, chats)
+            about = {"p50": p50, "p95": p95, "peak_memory": memory.peak, "notes": built.notes()}
+            (path / "cost.json").write_text(json.dumps(about))
+
+        return self._run.stage(f"cost-{slug(arm)}", {"arm": directory.name}, make)
+
+    def _forgetting(self, arm: Arm, directories: list[Path]) -> tuple[Forgotten, ...]:
+        settings = self._bench.task.forgetting
+        task_file = self._bench.base_dir / "task.yaml"
+        material = forgetting.load_material(settings, task_file)
+        before = self._ability(arm, None, material)
+        after = [self._ability(arm, path, material) for path in directories]
+        return forgetting.compare(before, after, settings)
+
+    def _ability(
+        self, arm: Arm, directory: Path | None, material: forgetting.Material
+    ) -> tuple[forgetting.Ability, ...]:
+        base = arm.base or self._bench.task.bases()[0]
+        inputs = {
+            "model": directory.name if directory else self._hashes[base],
+            "material": fingerprint([material.texts, [str(p) for p in material.pairs]]),
+        }
+
+        def make(path: Path) -> None:
+            self._progress.stage(f"what {arm.name if directory else 'the base'} knows")
+            engine = making.load_engine(self._bench, arm, directory)
+            found = forgetting.measure(
+                engine.logprobs, engine.renderer.tokenizer, engine.context, material
+            )
+            (path / "ability.json").write_text(_json([a.model_dump(mode="json") for a in found]))
+
+        name = f"ability-{slug(arm)}" if directory else "ability-base"
+        path = self._run.stage(name, inputs, make)
+        values = json.loads((path / "ability.json").read_text())
+        return tuple(forgetting.Ability.parse(value, str(path)) for value in values)
+
+    def _measured(self, candidate: Candidate) -> Measured:
+        facts = self._facts(candidate)
+        answers = [item for graded in candidate.test for item in graded]
+        pairs = [(item.completion.text, item.example, item.score) for item in answers]
+        remote = self._bench.task.remote if candidate.arm.method == "remote" else None
+        dropped = sum(count for fact in facts[:1] for count in fact.dropped.values())
+        notes = (f"{dropped} training rows were left out as too long",) if dropped else ()
+        return Measured(
+            arm=candidate.arm,
+            scores=_scores(candidate.test),
+            validation=_scores(candidate.validation),
+            latency_p50=candidate.latency[0],
+            latency_p95=candidate.latency[1],
+            prompt_tokens=float(np.mean([a.completion.prompt_tokens for a in answers])),
+            completion_tokens=float(np.mean([a.completion.completion_tokens for a in answers])),
+            metrics=summarise(self._bench.task.kind, self._bench.grader, pairs, self._bench.labels),
+            seeds=tuple(_seed(f, graded) for f, graded in zip(facts, candidate.test, strict=True))
+            if facts
+            else (),
+            training_seconds=float(np.mean([f.seconds for f in facts])) if facts else 0.0,
+            peak_memory=max([candidate.peak_memory, *(f.peak_memory for f in facts)]),
+            token_prices=(remote.input_price, remote.output_price) if remote else None,
+            forgetting=candidate.forgetting,
+            notes=(*candidate.notes, *notes),
+        )
+
+    def _facts(self, candidate: Candidate) -> list[tuning.Facts]:
+        return (
+            [tuning.read_facts(path) for path in candidate.directories]
+            if candidate.arm.tuned
+            else []
+        )
+
+    def _details(self, candidate: Candidate, reference: Candidate) -> ArmDetails:
+        best = candidate.test[self._best_seed(candidate)]
+        won, lost = (
+            ((), ()) if candidate is reference else runner.won_and_lost(best, reference.test[0])
+        )
+        labels = self._bench.labels
+        return ArmDetails(
+            arm=candidate.arm.name,
+            won=won,
+            lost=lost,
+            labels=labels,
+            confusion=runner.confusion(labels, best) if labels else (),
+            curves=tuple(fact.curve for fact in self._facts(candidate)),
+        )
+
+
+def all_arms(bench: Workbench) -> list[Arm]:
+    """The arms of a task; those over a base once for each base."""
+    bases = bench.task.bases()
+    found = []
+    for arm in bench.task.chosen_arms():
+        if len(bases) == 1 or arm.method in ("classical", "remote"):
+            found.append(arm)
+        else:
+            found += [arm.model_copy(update={"base": base}) for base in bases]
+    return found
+
+
+def slug(arm: Arm) -> str:
+    """The arm's name as part of a directory's name."""
+    base = f"@{fingerprint(arm.base)[:6]}" if arm.base else ""
+    mode = "" if arm.mode == "text" else f"-{arm.mode}"
+    return f"{arm.method.replace('+', '-')}{mode}{base}"
+
+
+def read_verdict(run_directory: Path) -> Verdict:
+    """Read the verdict of a finished run.
+
+    Raises:
+        RunError: there is none.
+
+    """
+    path = run_directory / "verdict.json"
+    try:
+        return Verdict.parse(json.loads(path.read_text("utf-8")), str(path))
+    except (OSError, ValueError) as error:
+        raise RunError(
+            str(path), f"cannot be read ({error})", "run 'metier run' to its end first"
+        ) from None
+
+
+def _mean(graded: list[runner.Graded]) -> float:
+    return float(np.mean([item.score.value for item in graded]))
+
+
+def _scores(graded: list[list[runner.Graded]]) -> Any:
+    return np.array([[item.score.value for item in one] for one in graded])
+
+
+def _seed(facts: tuning.Facts, graded: list[runner.Graded]) -> SeedResult:
+    return SeedResult(
+        seed=facts.seed,
+        test_score=_mean(graded),
+        validation_loss=facts.validation_loss,
+        steps=facts.steps,
+        seconds=facts.seconds,
+    )
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=1)

@@ -1,0 +1,207 @@
+"""Make the arms: everything an arm needs goes into one directory, from which it is built again.
+
+`make` fits, trains or chooses and writes a directory; `build` turns such a directory into a
+Generator. A run evaluates what `build` gives, and `metier serve` serves what `build` gives, so
+what was measured is what is served.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from metier.evaluation import arms, wording
+from metier.evaluation.classical import Classical
+from metier.evaluation.remote import RemoteGenerator
+from metier.model.adapters import load_adapter
+from metier.model.generate import Engine
+from metier.model.head import HeadGenerator, load_head
+from metier.model.load import Base, load_base
+from metier.progress import Progress
+from metier.recipes.workbench import Workbench
+from metier.records import Chat, Completion, Generator
+from metier.retrieval.index import Index
+from metier.retrieval.lexical import LexicalIndex
+from metier.task import Arm
+from metier.text.template import Renderer
+
+_CHOOSE_ON = 40
+_ABOUT = "arm.json"
+
+
+@dataclass(frozen=True)
+class Built:
+    """An arm ready to answer.
+
+    Attributes:
+        generator: answers chats.
+        engine: the language model behind it, if it has one of its own.
+        notes: what a reader must know of its answers so far, in words.
+
+    """
+
+    generator: Generator
+    engine: Engine | None
+    notes: Callable[[], tuple[str, ...]]
+
+
+class WithinContext:
+    """Answers nothing to a request that does not fit the model's context, and counts it."""
+
+    def __init__(self, inner: Generator, fits: arms.Fits) -> None:
+        self._inner, self._fits = inner, fits
+        self._asked = self._refused = 0
+
+    def generate(self, chats: Sequence[Chat]) -> list[Completion]:
+        """Answer each chat; one that does not fit gets an empty answer."""
+        fitting = [self._fits(chat) for chat in chats]
+        answers = iter(
+            self._inner.generate([c for c, fits in zip(chats, fitting, strict=True) if fits])
+        )
+        self._asked += len(chats)
+        self._refused += fitting.count(False)
+        return [next(answers) if fits else Completion("", finished=False) for fits in fitting]
+
+    def notes(self) -> tuple[str, ...]:
+        """How many did not fit."""
+        if not self._refused:
+            return ()
+        return (
+            f"{self._refused} of {self._asked} requests are longer than the base's context: "
+            "they were answered with nothing and count as wrong",
+        )
+
+
+def build(bench: Workbench, arm: Arm, directory: Path) -> Built:
+    """Build an arm from the directory that `make` wrote.
+
+    Raises:
+        ModelError: a base, adapter or head cannot be loaded.
+        RemoteError: the endpoint has no key.
+
+    """
+    if arm.method == "classical":
+        return Built(Classical.load(directory), None, tuple)
+    about: dict[str, Any] = json.loads((directory / _ABOUT).read_text("utf-8"))
+    if arm.method == "remote":
+        return _remote(bench, about["phrasing"])
+    engine = load_engine(bench, arm, directory if arm.tuned else None)
+    if arm.mode == "head":
+        classifier = load_head(engine.model, directory)
+        return _fitted(HeadGenerator(classifier, engine.renderer), engine)
+    if arm.method in ("lora", "full"):
+        return _fitted(engine, engine)
+    return _composed(bench, arm, engine, about["phrasing"])
+
+
+def load_engine(bench: Workbench, arm: Arm, tuned: Path | None) -> Engine:
+    """The generation engine of an arm: its base, tuned from a directory or as it is."""
+    name = arm.base or bench.task.bases()[0]
+    if tuned and arm.method == "full":
+        base = load_base(str(tuned))
+        return make_engine(bench, base, base.model)
+    base = load_base(name)
+    return make_engine(bench, base, load_adapter(base, tuned) if tuned else base.model)
+
+
+def make_engine(bench: Workbench, base: Base, model: Any) -> Engine:
+    """An engine with the task's template and answer length."""
+    renderer = Renderer(base.tokenizer, bench.task.template)
+    return Engine(model, renderer, answer_length(bench, renderer))
+
+
+def answer_length(bench: Workbench, renderer: Renderer) -> int:
+    """The task's `max_new_tokens`, else the longest training answer and a quarter more."""
+    if bench.task.max_new_tokens:
+        return bench.task.max_new_tokens
+    answers = {row.answer for row in bench.parts.train} | set(bench.labels)
+    longest = max(len(renderer.tokenizer.encode(answer)) for answer in answers)
+    return math.ceil(longest * 1.25) + 1
+
+
+def choose_phrasing(bench: Workbench, arm: Arm, directory: Path, progress: Progress) -> None:
+    """Try the phrasings of a prompted arm on validation and write the best into `directory`."""
+    if arm.method == "remote":
+        inner: Callable[[str], Built] = lambda name: _remote(bench, name)  # noqa: E731
+    else:
+        engine = load_engine(bench, arm, None)
+        inner = lambda name: _composed(bench, arm, engine, name)  # noqa: E731
+    names = [phrasing.name for phrasing in wording.phrasings(bench.task.kind)]
+    progress.stage(f"choose the wording of {arm.name}")
+    candidates = {name: inner(name).generator for name in names}
+    choice = arms.choose(candidates, bench.parts.validation, bench.grader, _CHOOSE_ON)
+    write_about(directory, arm, choice.name, choice.scores)
+
+
+def write_about(
+    directory: Path, arm: Arm, phrasing: str, scores: dict[str, float] | None = None
+) -> None:
+    """Write how the arm words its requests."""
+    about = {"arm": arm.name, "phrasing": phrasing, "scores": scores or {}}
+    (directory / _ABOUT).write_text(json.dumps(about), "utf-8")
+
+
+def fit_classical(bench: Workbench, directory: Path) -> None:
+    """Fit the classical arm and write it."""
+    Classical.fit(bench.parts.train, bench.parts.validation).save(directory)
+
+
+def composer(bench: Workbench, arm: Arm, fits: arms.Fits, phrasing: str) -> Any:
+    """How an arm words its requests and what it looks up for them."""
+    task = bench.task
+    # A tuned arm has learned what to do; only what is looked up is put beside the input.
+    if arm.tuned:
+        worded = wording.Wording(wording.BARE)
+    else:
+        known = {one.name: one for one in wording.phrasings(task.kind)}
+        answers = [row.answer for row in bench.parts.train]
+        instruction = wording.default_instruction(task, answers)
+        worded = wording.Wording(known[phrasing], instruction, bench.labels)
+    shown = task.retrieval.shots
+    if arm.method == "few-shot":
+        return arms.few_shot(
+            worded, fits, arms.shots(bench.parts.train, lambda t: _index(bench, t), shown)
+        )
+    if arm.method in ("rag", "lora+rag"):
+        found = arms.snippets(bench.parts.train, bench.passages, lambda t: _index(bench, t), shown)
+        return arms.rag(worded, fits, found)
+    return arms.prompt(worded, fits)
+
+
+def _index(bench: Workbench, texts: list[str]) -> Index:
+    if bench.task.retrieval.index == "bm25":
+        return LexicalIndex(texts)
+    from metier.retrieval.hybrid import HybridIndex
+
+    return HybridIndex(texts, bench.base_dir / ".metier-vectors")
+
+
+def _composed(bench: Workbench, arm: Arm, engine: Engine, phrasing: str) -> Built:
+    fits = arms.room_in(engine)
+    compose = composer(bench, arm, fits, phrasing)
+    inner = WithinContext(engine, fits)
+    generator: Generator
+    if arm.mode == "likelihood":
+        generator = arms.Likelihood(engine, compose, bench.labels)
+    else:
+        generator = arms.Composed(inner, compose, bench.task.kind == "classification")
+    return Built(generator, engine, lambda: (*compose.notes(), *inner.notes()))
+
+
+def _fitted(generator: Generator, engine: Engine) -> Built:
+    within = WithinContext(generator, arms.room_in(engine))
+    return Built(within, engine, within.notes)
+
+
+def _remote(bench: Workbench, phrasing: str) -> Built:
+    remote = bench.task.remote
+    assert remote is not None  # noqa: S101  the task was validated so
+    limit = bench.task.max_new_tokens or max(len(row.answer) for row in bench.parts.train) + 16
+    endpoint = RemoteGenerator(remote, limit)
+    compose = composer(bench, Arm(method="prompt"), lambda _: True, phrasing)
+    generator = arms.Composed(endpoint, compose, bench.task.kind == "classification")
+    return Built(generator, None, endpoint.notes)

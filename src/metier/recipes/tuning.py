@@ -1,0 +1,187 @@
+"""Tune one arm with one seed: render, look, train, write what `making.build` reads."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from metier.evaluation.arms import room_in
+from metier.evaluation.schema import CurvePoint
+from metier.model.adapters import add_lora, save_adapter
+from metier.model.device import set_seed
+from metier.model.head import Classifier, save_head
+from metier.model.load import Base, load_base
+from metier.model.memory import PeakMemory
+from metier.progress import Progress
+from metier.recipes import making
+from metier.recipes.workbench import Workbench
+from metier.records import Example
+from metier.task import Arm
+from metier.training import classify, preflight, sft
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_FACTS = "training.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """How one training went.
+
+    Attributes:
+        seed: its seed.
+        steps: optimiser steps done.
+        best_step: the step whose parameters were kept.
+        validation_loss: at that step.
+        seconds: of training.
+        peak_memory: bytes of this process while training.
+        curve: one point per pass over the data.
+        sample: one training example as text, trained tokens marked.
+        dropped: training rows left out, by reason.
+
+    """
+
+    seed: int
+    steps: int
+    best_step: int
+    validation_loss: float
+    seconds: float
+    peak_memory: int
+    curve: tuple[CurvePoint, ...]
+    sample: str
+    dropped: dict[str, int]
+
+
+def tune(
+    bench: Workbench, arm: Arm, seed: int, directory: Path, scratch: Path, progress: Progress
+) -> None:
+    """Train an arm and write adapter or model, head, wording and facts into `directory`.
+
+    Args:
+        bench: what it is made from.
+        arm: a tuned arm.
+        seed: of the adapter's start, the order and dropout.
+        directory: receives the result.
+        scratch: keeps checkpoints; an interrupted training goes on from there.
+        progress: is told every step.
+
+    Raises:
+        TrainingError: a row cannot be trained on, or training diverged.
+
+    """
+    with PeakMemory() as memory:
+        base = load_base(arm.base or bench.task.bases()[0], dtype=_weights_dtype(arm))
+        rows = _render(bench, arm, base)
+        progress.say(f"{arm.name} is trained on the text between ⟦ and ⟧:\n{rows[0].sample}")
+        set_seed(seed)
+        model = _trainable(bench, arm, base, seed)
+        progress.stage(f"train {arm.name}, seed {seed}", _steps(bench, rows[0]))
+        trained = _fit(bench, arm, base, model, rows, seed, scratch, progress)
+    _write(arm, base, model, directory)
+    _write_facts(trained, rows[0], seed, memory.peak, directory)
+
+
+def read_facts(directory: Path) -> Facts:
+    """Read how the training behind a directory went."""
+    values: dict[str, Any] = json.loads((directory / _FACTS).read_text("utf-8"))
+    values["curve"] = tuple(CurvePoint(**point) for point in values["curve"])
+    return Facts(**values)
+
+
+def _weights_dtype(arm: Arm) -> Any:
+    """Trained weights are kept in float32; a frozen base in what the device computes in."""
+    import torch
+
+    return torch.float32 if arm.method == "full" else None
+
+
+def _render(
+    bench: Workbench, arm: Arm, base: Base
+) -> tuple[preflight.Prepared, preflight.Prepared]:
+    engine = making.make_engine(bench, base, base.model)
+    limit = engine.context
+    compose = making.composer(bench, arm, room_in(engine), "")
+
+    def prepared(part: Sequence[Example]) -> preflight.Prepared:
+        composed = [
+            dataclasses.replace(row, messages=(*compose(row.prompt), row.messages[-1]))
+            for row in part
+        ]
+        return preflight.prepare(composed, engine.renderer, bench.task.training, limit)
+
+    return prepared(bench.parts.train), prepared(bench.parts.validation)
+
+
+def _trainable(bench: Workbench, arm: Arm, base: Base, seed: int) -> Any:
+    tuned: Any = base.model
+    if arm.method == "full":
+        tuned.requires_grad_(requires_grad=True)
+    else:
+        tuned = add_lora(base.model, bench.task.training.lora, seed)
+    return Classifier(tuned, bench.labels) if arm.mode == "head" else tuned
+
+
+def _steps(bench: Workbench, rows: preflight.Prepared) -> int:
+    training = bench.task.training
+    return sft.row_batches(rows.rows, training, seed=0, pad_id=0).steps_per_epoch * training.epochs
+
+
+def _fit(
+    bench: Workbench,
+    arm: Arm,
+    base: Base,
+    model: Any,
+    rows: tuple[preflight.Prepared, preflight.Prepared],
+    seed: int,
+    scratch: Path,
+    progress: Progress,
+) -> sft.Trained:
+    training = bench.task.training
+    method = "full" if arm.method == "full" else "lora"
+    settings: dict[str, Any] = {
+        "learning_rate": training.learning_rate or sft.LEARNING_RATES[method],
+        "seed": seed,
+        "pad_id": base.tokenizer.pad_id,
+        "directory": scratch,
+        "progress": progress,
+    }
+    train, validation = rows
+    if arm.mode != "head":
+        return sft.sft(model, train.rows, validation.rows, training, **settings)
+    labelled = [classify.label_rows(p.rows, p.examples, bench.labels) for p in rows]
+    return classify.classify(model, labelled[0], labelled[1], training, **settings)
+
+
+def _write(arm: Arm, base: Base, model: Any, directory: Path) -> None:
+    making.write_about(directory, arm, "")
+    tuned = model.model if arm.mode == "head" else model
+    if arm.method == "full":
+        import torch
+
+        tuned.to(torch.bfloat16).save_pretrained(directory)
+        base.tokenizer.save(directory)
+    else:
+        save_adapter(tuned, directory, base)
+    if arm.mode == "head":
+        save_head(model, directory)
+
+
+def _write_facts(
+    trained: sft.Trained, rows: preflight.Prepared, seed: int, peak: int, directory: Path
+) -> None:
+    state = trained.state
+    facts = {
+        "seed": seed,
+        "steps": state.step,
+        "best_step": state.best_step,
+        "validation_loss": state.best_loss,
+        "seconds": trained.seconds,
+        "peak_memory": peak,
+        "curve": state.curve,
+        "sample": rows.sample,
+        "dropped": rows.dropped,
+    }
+    (directory / _FACTS).write_text(json.dumps(facts, ensure_ascii=False), "utf-8")

@@ -1,0 +1,148 @@
+"""What all arms of a run share: the task, its parts, its labels, its grader, its passages."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from metier.data.split import Parts, corpus_overlap, read_parts
+from metier.errors import RunError
+from metier.graders import Grader, load_grader
+from metier.records import Example
+from metier.retrieval.chunks import read_passages
+from metier.runs import fingerprint
+from metier.task import Task, resolve
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """What the arms of a task are made from.
+
+    Attributes:
+        task: the task, with the paths of its bases made absolute.
+        base_dir: directory of task.yaml.
+        parts: training, validation and sealed test part.
+        labels: the closed label set of a classification, sorted; else empty.
+        passages: of the user's documents, for the rag arms.
+        removed_passages: passages left out because they hold test examples, by reason.
+
+    """
+
+    task: Task
+    base_dir: Path
+    parts: Parts
+    labels: tuple[str, ...]
+    passages: tuple[str, ...]
+    removed_passages: dict[str, int]
+
+    @cached_property
+    def grader(self) -> Grader:
+        """What gives the scores."""
+        answers = [example.answer for example in (*self.parts.train, *self.parts.validation)]
+        return load_grader(self.task.grader, self.task.kind, answers, self.base_dir)
+
+    @cached_property
+    def train_identity(self) -> str:
+        """Hash of all that arms are made from: training and validation part, labels, passages."""
+        rows = [[row.id, row.messages, row.tools] for row in self.parts.train]
+        held = [[row.id, row.messages, row.tools] for row in self.parts.validation]
+        return fingerprint([rows, held, self.labels, self.passages])
+
+
+def read_task(task_file: Path, overrides: Iterable[str] = ()) -> Task:
+    """Load task.yaml; local bases become absolute paths."""
+    task = Task.load(task_file, overrides)
+    bases = [_absolute(name, task_file) for name in task.bases()]
+    return task.model_copy(update={"base": bases[0] if len(bases) == 1 else tuple(bases)})
+
+
+def _absolute(name: str, task_file: Path) -> str:
+    path = resolve(name, task_file)
+    return str(path.resolve()) if path.is_dir() else name
+
+
+def open_workbench(task: Task, base_dir: Path) -> Workbench:
+    """Read and split the data of a task, and check everything that needs no model.
+
+    Raises:
+        DataError: a row, file or split is wrong.
+        ConfigError: the grader is wrong.
+
+    """
+    parts = read_parts(task, base_dir)
+    labels: tuple[str, ...] = ()
+    if task.kind == "classification":
+        labels = task.labels or tuple(sorted({row.answer for row in parts.train}))
+    documents = [resolve(path, base_dir / "task.yaml") for path in task.data.documents]
+    passages = [passage.text for passage in read_passages(documents)] if documents else []
+    overlap = corpus_overlap(passages, parts.test)
+    dropped = {index for indices in overlap.values() for index in indices}
+    bench = Workbench(
+        task=task,
+        base_dir=base_dir,
+        parts=parts,
+        labels=labels,
+        passages=tuple(text for index, text in enumerate(passages) if index not in dropped),
+        removed_passages={f"passage-with-{k}": len(v) for k, v in overlap.items()},
+    )
+    _ = bench.grader  # a wrong grader is refused before any work
+    return bench
+
+
+def save(bench: Workbench, directory: Path) -> None:
+    """Write what a specialist needs later: the task, the training part, labels and passages."""
+    about = {
+        "task": bench.task.model_dump(mode="json"),
+        "base_dir": str(bench.base_dir.resolve()),
+        "labels": bench.labels,
+        "passages": bench.passages,
+    }
+    (directory / "task.json").write_text(json.dumps(about, ensure_ascii=False), "utf-8")
+    for name in ("train", "validation"):
+        write_examples(directory / f"{name}.jsonl", getattr(bench.parts, name))
+
+
+def load(directory: Path) -> Workbench:
+    """Read what `save` wrote; the test part stays sealed.
+
+    Raises:
+        RunError: the files are missing or damaged.
+
+    """
+    try:
+        about: dict[str, Any] = json.loads((directory / "task.json").read_text("utf-8"))
+        train = read_rows(directory / "train.jsonl")
+        validation = read_rows(directory / "validation.jsonl")
+    except (OSError, ValueError, TypeError) as error:
+        raise RunError(
+            str(directory), f"is no finished run ({error})", "run 'metier run' to its end first"
+        ) from None
+    return Workbench(
+        task=Task.parse(about["task"], str(directory / "task.json")),
+        base_dir=Path(about["base_dir"]),
+        parts=Parts(tuple(train), tuple(validation), (), {}, {}, ()),
+        labels=tuple(about["labels"]),
+        passages=tuple(about["passages"]),
+        removed_passages={},
+    )
+
+
+def write_examples(path: Path, examples: Sequence[Example]) -> None:
+    """Write examples as JSON lines."""
+    with path.open("w", encoding="utf-8") as file:
+        for example in examples:
+            file.write(json.dumps(dataclasses.asdict(example)) + "\n")
+
+
+def read_rows(path: Path) -> list[Example]:
+    """Read what `write_examples` wrote."""
+    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    return [
+        Example(**{**row, "messages": tuple(row["messages"]), "tools": tuple(row["tools"])})
+        for row in rows
+    ]
