@@ -37,8 +37,8 @@ def what_would_change(outcome: Outcome) -> tuple[str, ...]:
     if outcome.winner:
         return (f"A margin of {bound} or more would have kept {outcome.reference.name}.",)
     words = []
-    if outcome.hopeless:
-        words.append("A more capable base, or more training examples: no arm has learnt the task.")
+    if outcome.hopeless or not contender.above_chance:
+        words.append("A more capable base, or more training examples: the task is not learnt yet.")
     elif not contender.proven:
         words.append(_power(contender, outcome))
         if 0 < (contender.adjusted_low or 0.0) <= outcome.margin:
@@ -165,7 +165,7 @@ def _of_the_bases(outcome: Outcome) -> Iterable[str]:
 
 
 def _of_one_base(base: str, arms: Sequence[Compared], chance: Chance) -> Iterable[str]:
-    weak = [each for each in arms if each.score.mean <= chance.level]
+    weak = [each for each in arms if not each.above_chance]
     if all(each.score.mean <= chance.guessing for each in arms):
         yield (
             f"{base[0].upper()}{base[1:]} cannot follow prompts at all: {_scores(arms)}, "

@@ -77,6 +77,7 @@ class Compared:
             the bound, from Student's t, alone would be too hopeful.
         not_beaten: simpler arms beside the reference whose test score it does not exceed by more
             than the margin.
+        above_chance: whether it scores above answers without any understanding.
         cost: of 1,000 requests.
         break_even: requests after which all trainings of this arm have paid for themselves.
 
@@ -91,6 +92,7 @@ class Compared:
     adjusted_low: float | None = None
     proven: bool = False
     not_beaten: tuple[str, ...] = ()
+    above_chance: bool = True
     cost: float = 0.0
     break_even: float | None = None
 
@@ -107,7 +109,7 @@ class Compared:
     @property
     def qualifies(self) -> bool:
         """Whether the rule allows this arm to be shipped."""
-        return self.proven and not self.forgot and not self.not_beaten
+        return self.proven and self.above_chance and not self.forgot and not self.not_beaten
 
 
 def choose_reference(arms: Sequence[Measured]) -> Measured:
@@ -138,7 +140,12 @@ def by_validation(arm: Measured) -> tuple[float, float, int, str]:
 
 
 def compare(
-    arms: Sequence[Measured], clusters: statistics.Clusters, margin: float, machine_hour: float
+    arms: Sequence[Measured],
+    clusters: statistics.Clusters,
+    *,
+    margin: float,
+    machine_hour: float,
+    chance: float,
 ) -> list[Compared]:
     """Compare every arm with the reference, in the order given.
 
@@ -147,6 +154,7 @@ def compare(
         clusters: the cluster of each test example.
         margin: what a gain must exceed.
         machine_hour: price of one hour of this machine.
+        chance: mean score of answers without any understanding.
 
     Raises:
         ConfigError: there is no simpler arm.
@@ -162,7 +170,14 @@ def compare(
         for each in found
         if each.measured.simpler and each.measured is not reference
     }
-    found = [replace(each, not_beaten=_not_beaten(each, others, margin)) for each in found]
+    found = [
+        replace(
+            each,
+            not_beaten=_not_beaten(each, others, margin),
+            above_chance=each.score.mean > chance,
+        )
+        for each in found
+    ]
     return _corrected(found, margin)
 
 

@@ -32,11 +32,12 @@ def rule(margin: float) -> str:
         f"{margin_in_points(margin)}, and the p-value of 'no difference' is below 0.05; bound and "
         "p-value count whole clusters of examples, differences between training seeds, and Holm's "
         "correction over the tuned arms (2.5 % error in all, one-sided). Second, it scores above "
-        "every other simpler arm on the test part, too, by more than the margin. Third, for every "
-        "ability measured before and after tuning, the upper end of the 95 % interval of the loss "
-        "lies within the tolerance. Of several such arms the best on validation is shipped; if "
-        "there is none, use the reference. An arm that asks a remote model is compared and "
-        "reported, but is neither the reference nor shipped."
+        "every other simpler arm on the test part, too, by more than the margin, and above answers "
+        "without any understanding, such as always the commonest label. Third, for every ability "
+        "measured before and after tuning, the upper end of the 95 % interval of the loss lies "
+        "within the tolerance. Of several such arms the best on validation is shipped; if there "
+        "is none, use the reference. An arm that asks a remote model is compared and reported, "
+        "but is neither the reference nor shipped."
     )
 
 
@@ -81,6 +82,8 @@ def _seeds(each: Compared) -> str:
 def _but(each: Compared, outcome: Outcome) -> str:
     """Why this arm is not shipped, to follow its gain."""
     if each.proven:
+        if not each.above_chance:
+            return f", but it does no better than {outcome.chance.words}"
         if each.forgot:
             return f", but {_forgot(each.forgot)}"
         if each.not_beaten:
@@ -140,6 +143,8 @@ def _reason(each: Compared, outcome: Outcome) -> str:
             f"It does not exceed {listed(each.not_beaten)} on the test part by more than the "
             "margin, so the reference may not be the best simpler arm."
         )
+    if each.proven and not each.above_chance:
+        sentences.append(f"It does no better than {outcome.chance.words}.")
     if not each.proven and (each.adjusted_low or 0.0) > outcome.margin:
         sentences.append("On so few examples the permutation test does not confirm it.")
     sentences += [_forgotten(part) for part in each.forgot]

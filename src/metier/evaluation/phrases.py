@@ -66,7 +66,7 @@ class Outcome:
     @property
     def hopeless(self) -> bool:
         """Whether no arm at all does better than chance."""
-        return all(each.score.mean <= self.chance.level for each in self.arms)
+        return not any(each.above_chance for each in self.arms)
 
 
 def difference_of(each: Compared) -> statistics.Effect:

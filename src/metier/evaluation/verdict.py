@@ -56,7 +56,14 @@ def decide(
         DataError: scores are missing, not numbers, or outside 0 to 1.
 
     """
-    compared = compare(arms, clusters, task.margin, task.machine_hour)
+    trivial = chance(task, expected, labels)
+    compared = compare(
+        arms,
+        clusters,
+        margin=task.margin,
+        machine_hour=task.machine_hour,
+        chance=trivial.level,
+    )
     reference = choose_reference(arms)
     winner = choose_winner(compared)
     outcome = Outcome(
@@ -64,7 +71,7 @@ def decide(
         margin=task.margin,
         currency=task.currency,
         data=data,
-        chance=chance(task, expected, labels),
+        chance=trivial,
         arms=tuple(compared),
         reference=next(each for each in compared if each.measured is reference),
         winner=winner,
