@@ -135,6 +135,7 @@ def test_a_plan_is_a_table(cli):
 def test_an_audit_names_what_to_look_at(cli):
     shown = cli("audit", "t.yaml").stdout
     assert "3 (train 2, test 1)" in shown
+    assert "3, 95 % up to 40, longest 1,200" in shown
     assert "2, from ключ (2) to [bold] (1)" in shown
     assert "2 rows (a, b)" in shown
     assert "9 rows (a, \N{REPLACEMENT CHARACTER}[31m, ...)" in shown

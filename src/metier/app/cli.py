@@ -14,6 +14,7 @@ import secrets
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -62,6 +63,9 @@ _RESUMABLE = ("demo", "run", "train", "pretrain")
 def main() -> None:
     """Entry point of the `metier` command."""
     signal.signal(signal.SIGTERM, _terminate)
+    if not sys.warnoptions:  # what libraries will change one day is not the user's to mend
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
     app()
 
 

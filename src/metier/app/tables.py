@@ -33,10 +33,10 @@ def audit_table(audit: Audit) -> RenderableType:
     """What is in the data, and which rows to look at."""
     rows = {
         "rows": f"{audit.rows:,} ({_counts(audit.parts)})",
-        "inputs": f"{_lengths(audit.input_characters)} characters, "
-        f"{_lengths(audit.input_words)} words",
-        "answers": f"{_lengths(audit.answer_characters)} characters, "
-        f"{_lengths(audit.answer_words)} words",
+        "characters of an input": _lengths(audit.input_characters),
+        "words of an input": _lengths(audit.input_words),
+        "characters of an answer": _lengths(audit.answer_characters),
+        "words of an answer": _lengths(audit.answer_words),
     }
     if audit.labels:
         first, *_, last = [f"{name} ({count:,})" for name, count in audit.labels.items()] * 2
@@ -69,7 +69,7 @@ def _counts(counts: Mapping[str, int]) -> str:
 
 
 def _lengths(lengths: Lengths) -> str:
-    return f"{lengths.p50:,} / {lengths.p95:,} / {lengths.max:,}"
+    return f"{lengths.p50:,}, 95 % up to {lengths.p95:,}, longest {lengths.max:,}"
 
 
 def _cell(text: str) -> Text:
