@@ -1,0 +1,47 @@
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from metier.model.llama import LlamaForward, has_compiler
+
+
+def model(kv_heads: int) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=90,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=kv_heads,
+        intermediate_size=48,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("length", [1, 9])
+def test_equals_transformers_forward_and_backward(kv_heads: int, length: int) -> None:
+    net = model(kv_heads)
+    ids = torch.randint(0, 90, (3, length))
+    expected = net.model(input_ids=ids).last_hidden_state
+    probe = torch.randn_like(expected)
+    (expected * probe).sum().backward()
+    gradients = {name: p.grad.clone() for name, p in net.model.named_parameters()}
+    net.zero_grad()
+
+    found = LlamaForward(net, torch.float32, compiled=False)(ids)
+    (found * probe).sum().backward()
+    assert torch.allclose(found, expected, atol=2e-6)
+    for name, parameter in net.model.named_parameters():
+        assert torch.allclose(parameter.grad, gradients[name], atol=1e-4, rtol=1e-4), name
+
+
+@pytest.mark.skipif(not has_compiler(), reason="no C++ compiler on this machine")
+def test_the_compiled_layer_computes_the_same() -> None:
+    net = model(2)
+    ids = torch.randint(0, 90, (2, 8))
+    with torch.no_grad():
+        plain = LlamaForward(net, torch.float32, compiled=False)(ids)
+        compiled = LlamaForward(net, torch.float32, compiled=True)(ids)
+    assert torch.allclose(plain, compiled, atol=1e-5)

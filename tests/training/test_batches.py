@@ -1,0 +1,62 @@
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from metier.training.batches import Row, RowBatches, cut, pad
+
+rows_of_lengths = st.lists(st.integers(2, 30), min_size=1, max_size=40).map(
+    lambda lengths: [
+        Row(tuple(range(100 * i, 100 * i + n)), (False,) + (True,) * (n - 1))
+        for i, n in enumerate(lengths)
+    ]
+)
+
+
+def test_padding_is_never_trained_and_nothing_is_lost() -> None:
+    rows = [Row((5, 6, 7), (False, True, True)), Row((8, 9), (False, True))]
+    batch = pad(rows, pad_id=0)
+    assert batch.ids.tolist() == [[5, 6, 7], [8, 9, 0]]
+    assert batch.trained.tolist() == [[False, True, True], [False, True, False]]
+    assert (batch.weight, batch.tokens) == (3.0, 5)
+
+
+@given(rows_of_lengths, st.integers(1, 200))
+@settings(deadline=None, max_examples=50)
+def test_cut_keeps_every_row_once_within_the_budget(rows: list[Row], budget: int) -> None:
+    batches = cut(rows, budget, pad_id=0)
+    found = sorted(
+        tuple(batch.ids[i, : batch.lengths[i]].tolist())
+        for batch in batches
+        for i in range(len(batch.ids))
+    )
+    assert found == sorted(row.ids for row in rows)
+    assert all(batch.ids.numel() <= budget or len(batch.ids) == 1 for batch in batches)
+
+
+@given(rows_of_lengths, st.integers(1, 100), st.integers(0, 5))
+@settings(deadline=None, max_examples=50)
+def test_a_pass_shows_every_row_once(rows: list[Row], step_tokens: int, seed: int) -> None:
+    batches = RowBatches(rows, step_tokens=step_tokens, micro_tokens=64, seed=seed, pad_id=0)
+    for epoch in range(2):
+        first = epoch * batches.steps_per_epoch
+        seen = [
+            int(start)
+            for step in range(first, first + batches.steps_per_epoch)
+            for batch in batches.step(step)
+            for start in batch.ids[:, 0]
+        ]
+        assert sorted(seen) == [row.ids[0] for row in rows]
+
+
+def test_steps_depend_on_seed_and_index_alone() -> None:
+    rows = [Row((i, i + 1, i + 2), (False, True, True)) for i in range(50)]
+
+    def ids(seed: int, index: int) -> list[torch.Tensor]:
+        made = RowBatches(rows, step_tokens=30, micro_tokens=12, seed=seed, pad_id=0)
+        return [batch.ids for batch in made.step(index)]
+
+    walked = RowBatches(rows, step_tokens=30, micro_tokens=12, seed=3, pad_id=0)
+    for index in range(12):
+        step = [batch.ids for batch in walked.step(index)]
+        assert all(torch.equal(a, b) for a, b in zip(step, ids(3, index), strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(ids(3, 0), ids(4, 0), strict=True))

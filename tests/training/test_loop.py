@@ -1,0 +1,197 @@
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from metier.errors import TrainingError
+from metier.training.loop import Loop, Plan, cosine, trapezoid
+
+
+@dataclass(frozen=True)
+class Points:
+    x: Tensor
+    y: Tensor
+    tokens: int = 0
+
+    @property
+    def weight(self) -> float:
+        return float(len(self.x))
+
+
+class Stream:
+    """Fresh points every step; the same step is cut into `parts` pieces."""
+
+    def __init__(self, parts: int = 1, poison: set[int] | None = None) -> None:
+        self.parts, self.poison = parts, poison or set()
+
+    def step(self, index: int) -> list[Points]:
+        generator = torch.Generator().manual_seed(index)
+        x = torch.randn(12, 4, generator=generator, dtype=torch.float64)
+        y = x.sum(1, keepdim=True)
+        if index in self.poison:
+            y = y * math.nan
+        pieces = zip(x.chunk(self.parts), y.chunk(self.parts), strict=True)
+        return [Points(a, b) for a, b in pieces]
+
+
+def make(
+    stream: Stream,
+    *,
+    steps: int = 30,
+    directory: Path | None = None,
+    evaluate: Callable[[], dict[str, float]] | None = None,
+    patience: int = 0,
+    every: int = 5,
+) -> tuple[nn.Module, Loop[Points]]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.2), nn.Linear(8, 1)).double()
+    plan = Plan(
+        steps, cosine(steps, 0.1), evaluate_every=every, patience=patience, checkpoint_seconds=0.0
+    )
+
+    def loss(batch: Points) -> Tensor:
+        return ((model(batch.x) - batch.y) ** 2).sum()
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+    return model, Loop(
+        model, loss, stream, [optimizer], plan, directory=directory, evaluate=evaluate
+    )
+
+
+def weights(model: nn.Module) -> Tensor:
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+
+
+def test_loss_falls() -> None:
+    model, loop = make(Stream(), steps=200)
+    loop.run()
+    model.eval()
+    batch = Stream().step(9999)[0]
+    with torch.no_grad():
+        assert float(((model(batch.x) - batch.y) ** 2).mean()) < 1.0
+
+
+def test_gradient_does_not_depend_on_how_a_step_is_cut() -> None:
+    def gradient(parts: int) -> Tensor:
+        model, loop = make(Stream(parts), steps=1)
+        model[1].p = 0.0
+        seen: list[Tensor] = []
+        first = next(model.parameters())
+        first.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
+        loop.run()
+        return seen[-1]
+
+    whole = gradient(1)
+    assert all((gradient(parts) - whole).abs().max() < 1e-12 for parts in (2, 3, 4))
+
+
+class Killed(BaseException):
+    pass
+
+
+class DyingStream(Stream):
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at = at
+
+    def step(self, index: int) -> list[Points]:
+        if index == self.at:
+            raise Killed
+        return super().step(index)
+
+
+@pytest.mark.parametrize("at", [1, 7, 29])
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(tmp_path: Path, at: int) -> None:
+    figures = {"loss": 1.0}
+    whole, loop = make(Stream(), directory=tmp_path / "whole", evaluate=lambda: dict(figures))
+    expected = loop.run()
+
+    _, loop = make(DyingStream(at), directory=tmp_path / "cut", evaluate=lambda: dict(figures))
+    with pytest.raises(Killed):
+        loop.run()
+    continued, loop = make(Stream(), directory=tmp_path / "cut", evaluate=lambda: dict(figures))
+    found = loop.run()
+
+    assert torch.equal(weights(whole), weights(continued))
+    assert found == expected
+    logs = [(tmp_path / name / "log.jsonl").read_bytes() for name in ("whole", "cut")]
+    assert logs[0] == logs[1]
+    assert len(logs[0].splitlines()) == 30
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
+    whole, loop = make(Stream())
+    loop.run()
+    _, loop = make(DyingStream(20), directory=tmp_path)
+    with pytest.raises(Killed):
+        loop.run()
+    newest = max((tmp_path / "checkpoints").iterdir())
+    broken = newest / "model.safetensors"
+    content = bytearray(broken.read_bytes())
+    content[-1] ^= 1
+    broken.write_bytes(content)
+    continued, loop = make(Stream(), directory=tmp_path)
+    loop.run()
+    assert torch.equal(weights(whole), weights(continued))
+
+
+def test_one_bad_gradient_is_skipped_and_three_in_a_row_stop_the_run() -> None:
+    model, loop = make(Stream(poison={3, 5}))
+    assert loop.run().skipped == 2
+    assert torch.isfinite(weights(model)).all()
+    _, loop = make(Stream(poison={3, 4, 5}))
+    with pytest.raises(TrainingError, match="not finite 3 times"):
+        loop.run()
+
+
+def test_early_stopping_keeps_the_best_parameters(tmp_path: Path) -> None:
+    losses = iter([3.0, 1.0, 2.0, 2.0, 0.5])
+    snapshots: list[Tensor] = []
+    model, loop = make(
+        Stream(),
+        directory=tmp_path,
+        patience=2,
+        evaluate=lambda: (snapshots.append(weights(model)), {"loss": next(losses)})[1],
+    )
+    state = loop.run()
+    assert (state.step, state.best_step, state.best_loss) == (20, 10, 1.0)
+    assert torch.equal(weights(model), snapshots[1])
+    assert [point["validation_loss"] for point in state.curve] == [3.0, 1.0, 2.0, 2.0]
+
+
+def test_a_checkpoint_of_other_parameters_is_refused(tmp_path: Path) -> None:
+    _, loop = make(Stream(), directory=tmp_path, steps=2)
+    loop.run()
+    model = nn.Linear(3, 1)
+    optimizer = torch.optim.AdamW(model.parameters())
+    other: Loop[Points] = Loop(
+        model, lambda b: model(b.x).sum(), Stream(), [optimizer], Plan(2, cosine(2, 0)),
+        directory=tmp_path,
+    )  # fmt: skip
+    with pytest.raises(TrainingError, match="other parameters"):
+        other.run()
+
+
+def test_schedules() -> None:
+    factor = cosine(100, 0.1)
+    assert [factor(0), factor(9)] == [0.1, 1.0]
+    assert factor(10) == 1.0
+    assert factor(55) == pytest.approx(0.5)
+    assert factor(99) < 0.001
+    level = trapezoid(100, 10, 20)
+    assert [level(0), level(9), level(50), level(80)] == [0.1, 1.0, 1.0, 1.0]
+    assert level(90) == pytest.approx(0.5)
+    assert level(99) == pytest.approx(0.05)
+
+
+def test_log_lines_are_json(tmp_path: Path) -> None:
+    _, loop = make(Stream(), steps=3, directory=tmp_path)
+    loop.run()
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2]
+    assert all(line["loss"] > 0 and line["gradient_norm"] > 0 for line in lines)
