@@ -433,7 +433,7 @@ def bare() -> tuple[Verdict, list[ArmDetails]]:
 
 def hostile() -> tuple[Verdict, list[ArmDetails]]:
     """Every text that a user or a model could have written tries to run a script."""
-    bad = f'"></title></style></svg>{SCRIPT}'
+    bad = f'"></title></style></svg>{SCRIPT}' + "unbroken" * 12
     name = f"lora@{bad}"
     arms = (
         arm("classical", 0.5, notes=(bad,), metrics={bad: 0.25}),

@@ -30,6 +30,8 @@ def ruler(axis: charts.Axis, *, signed: bool = True):
     """From a place in percent of the width to what an eye reads between the printed labels."""
     labels = list(read(str(charts.axis_labels(axis, signed=signed))).all("text"))
     marks = [(place(one["x"]), float(one.text.replace("\u2212", "-"))) for one in labels]
+    anchors = [one["text-anchor"] for one in labels]  # the middle, or the end of the picture
+    assert anchors == ["start", *["middle"] * (len(labels) - 2), "end"]
     (x0, v0), (x1, v1) = marks[0], marks[-1]
     for x, value in marks:
         assert v0 + (x - x0) / (x1 - x0) * (v1 - v0) == pytest.approx(value, abs=1e-3 * (v1 - v0))

@@ -382,6 +382,16 @@ def test_the_file_is_written_as_utf8_text(tmp_path: Path):
     assert "日本語" in page
 
 
+@pytest.mark.parametrize("odd", ["half \ud83d a pair", "nul \x00 escape \x1b[31m bell \x07"])
+def test_characters_that_no_text_should_hold_do_not_break_the_page(tmp_path: Path, odd: str):
+    verdict, _ = ALL["bare"]()
+    one = samples("won", 1)[0].model_copy(update={"input": odd})
+    other = tuned("lora", 0.5, 0.0, 0.0)
+    verdict = verdict.model_copy(update={"arms": (*verdict.arms, other)})
+    write_report(verdict, [ArmDetails(arm="lora", won=(one,))], tmp_path / "report.html")
+    assert read((tmp_path / "report.html").read_text(encoding="utf-8")).one("article")
+
+
 # Colours ----------------------------------------------------------------------------------------
 
 

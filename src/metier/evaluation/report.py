@@ -53,7 +53,9 @@ def write_report(verdict: Verdict, details: Sequence[ArmDetails], path: Path) ->
         RunError: the verdict or the details name an arm that has no result.
 
     """
-    write_atomic(path, render_report(verdict, details))
+    page = render_report(verdict, details)
+    # Half a surrogate pair, which JSON data may hold, is shown as the replacement character.
+    write_atomic(path, page.encode(errors="xmlcharrefreplace"))
 
 
 def render_report(verdict: Verdict, details: Sequence[ArmDetails]) -> str:
