@@ -85,12 +85,6 @@ def test_more_than_there_are_is_refused():
         generate(per_phenomenon=700)
 
 
-def test_clusters_hold_few_pairs():
-    counts = Counter(pair.cluster for pair in generate())
-    assert all(cluster.split(":")[0] in PHENOMENA for cluster in counts)
-    assert counts.total() ** 2 / sum(n * n for n in counts.values()) > 400
-
-
 def test_no_sentence_is_one_of_blimps(pairs, data_dir):
     folder = data_dir / "blimp"
     theirs = set()
@@ -116,7 +110,6 @@ def test_a_users_pairs_are_read_from_several_files(tmp_path):
         ("Dogs bark.", "Dogs barks.", ""),
         ("Ça va.", "Va ça.", "order"),
     ]
-    assert len({pair.cluster for pair in found}) == 2
 
 
 @pytest.mark.parametrize(

@@ -147,8 +147,8 @@ def test_a_measurement_survives_a_file(before):
         assert Ability.model_validate_json(ability.model_dump_json()) == ability
 
 
-def ability(values, sizes=(), clusters=(), name="text: x") -> Ability:
-    return Ability(name=name, values=tuple(values), sizes=tuple(sizes), clusters=tuple(clusters))
+def ability(values, sizes=(), name="text: x") -> Ability:
+    return Ability(name=name, values=tuple(values), sizes=tuple(sizes))
 
 
 def test_windows_of_one_size_give_students_t_interval():
@@ -177,7 +177,6 @@ def test_the_interval_of_a_ratio_covers_as_often_as_it_says():
 def test_a_true_loss_at_the_tolerance_rarely_passes():
     """Control of the decision: 2.5 % at the tolerance, nearly always well below it."""
     rng, at, below, trials = np.random.default_rng(2), 0, 0, 300
-    names = [str(i) for i in range(1_000)]
     for _ in range(trials):
         first = (rng.random(1_000) < 0.7).astype(float)
         for loss in (0.03, 0.0):
@@ -187,7 +186,7 @@ def test_a_true_loss_at_the_tolerance_rarely_passes():
                 (first == 0) & (change < 0.05 / 0.3),
             )
             second = np.where(down, 0.0, np.where(up, 1.0, first))
-            pair = [ability(v, clusters=names, name="skill: x") for v in (first, second)]
+            pair = [ability(v, name="skill: x") for v in (first, second)]
             holds = compare([pair[0]], [[pair[1]]], SETTINGS)[0].holds
             at += holds and loss > 0
             below += holds and loss == 0
@@ -196,11 +195,11 @@ def test_a_true_loss_at_the_tolerance_rarely_passes():
 
 
 def test_few_pairs_prove_nothing():
-    few = ability([1, 1, 0, 1], clusters="abcd", name="skill: x")
+    few = ability([1, 1, 0, 1], name="skill: x")
     (found,) = compare([few], [[few]], SETTINGS)
     assert found.loss.mean == 0
     assert not found.holds
-    one = ability([1], clusters="a", name="skill: x")
+    one = ability([1], name="skill: x")
     assert not compare([one], [[one]], SETTINGS)[0].holds
 
 
@@ -220,7 +219,7 @@ def test_windows_fit_the_context(base):
         seen.extend(len(prompt) + len(ids) for prompt, ids in pairs)
         return [-1.0] * len(pairs)
 
-    material = Material("dense", (dense,), "pairs", (Pair("A b.", "A c.", "", "x"),))
+    material = Material("dense", (dense,), "pairs", (Pair("A b.", "A c."),))
     text, _ = measure(logprobs, base.tokenizer, 128, material)
     assert max(seen) <= 128
     assert sum(text.sizes) == len(dense.encode())
@@ -234,7 +233,7 @@ def test_a_long_text_is_read_in_part_and_evenly(base):
         return [-1.0] * len(pairs)
 
     texts = tuple(f"word{i} " * 120 for i in range(500))
-    material = Material("long", texts, "pairs", (Pair("A b.", "A c.", "", "x"),))
+    material = Material("long", texts, "pairs", (Pair("A b.", "A c."),))
     text, _ = measure(logprobs, base.tokenizer, None, material)
     assert 15_000 < sum(text.sizes) < 40_000
     numbers = sorted(int(window.split()[1].removeprefix("word")) for window in seen[:-2])
@@ -251,7 +250,7 @@ def test_without_a_beginning_token_the_end_token_stands_first(base):
         starts.update(tuple(prompt) for prompt, _ in pairs)
         return [-1.0] * len(pairs)
 
-    material = Material("t", ("some words " * 900,), "pairs", (Pair("A b.", "A c.", "", "x"),))
+    material = Material("t", ("some words " * 900,), "pairs", (Pair("A b.", "A c."),))
     _, skill = measure(logprobs, tokenizer, 1024, material)
     assert starts == {(tokenizer.eos_id,)}
     assert skill.values == (0.5,), "a tie is half a win"
@@ -264,7 +263,7 @@ def test_too_little_text_is_refused(base):
 
 
 def test_a_sentence_longer_than_the_context_is_named(base):
-    pair = Pair("A long sentence " * 100, "A b.", "", "x")
+    pair = Pair("A long sentence " * 100, "A b.")
     material = Material("t", ("some words " * 900,), "pairs", (pair,))
     with pytest.raises(DataError, match="at most 127") as caught:
         measure(lambda pairs: [-1.0] * len(pairs), base.tokenizer, 128, material)

@@ -148,3 +148,15 @@ def test_scores_are_symmetric_and_between_0_and_1(example, first, second):
 @given(output=st.text(max_size=30))
 def test_any_output_gets_a_score(example, output):
     assert 0 <= grade_text(example, output).value <= 1
+
+
+def test_real_receipts_are_graded_by_field(example, data_dir):
+    with (data_dir / "sroie" / "receipts.jsonl").open(encoding="utf-8") as lines:
+        fields = [json.loads(line)["fields"] for line in lines]
+    grader = load_grader("auto", "extraction", [json.dumps(row) for row in fields], None)
+    assert grader.name == "fields"
+    for row in fields[:100]:
+        gold = example(json.dumps(row))
+        assert grader.grade(json.dumps(row, indent=2), gold).value == 1
+        wrong = {**row, next(iter(row)): "something else"}
+        assert grader.grade(json.dumps(wrong), gold).value == pytest.approx(1 - 1 / len(row))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -108,3 +109,15 @@ def test_a_broken_pattern_is_refused(pattern):
 def test_a_pattern_in_a_request_is_refused():
     with pytest.raises(ConfigError, match="not taken from a request"):
         load_grader({"type": "regex", "pattern": "a"}, "expansion", [], None)
+
+
+def test_real_word_problems_are_graded_by_their_result(example, data_dir):
+    grader = load_grader(r"regex:#### *(.+)", "expansion", [], Path())
+    file = next((data_dir / "gsm8k").glob("*.jsonl"))
+    with file.open(encoding="utf-8") as lines:
+        answers = [json.loads(line)["answer"] for line, _ in zip(lines, range(200), strict=False)]
+    for answer in answers:
+        result = answer.split("####")[1].strip()
+        assert grader.grade(f"So it is\n#### {result}", example(answer)).value == 1
+        assert grader.grade(f"#### {result}0", example(answer)).value == 0
+        assert grader.grade(result, example(answer)).value == 0

@@ -29,14 +29,12 @@ class Pair:
         good: the grammatical sentence.
         bad: the other one.
         phenomenon: what they differ in; empty where it is not known.
-        cluster: pairs that resemble each other, as they share subject and contrast, have the same.
 
     """
 
     good: str
     bad: str
     phenomenon: str = ""
-    cluster: str = ""
 
 
 def generate(seed: int = 0, per_phenomenon: int = 100) -> list[Pair]:
@@ -77,7 +75,7 @@ def _row(place: str, values: dict[str, object]) -> Pair:
         )
     if good == bad:
         raise DataError(place, "'good' and 'bad' are the same sentence", "make them differ")
-    return Pair(good, bad, phenomenon if isinstance(phenomenon, str) else "", place)
+    return Pair(good, bad, phenomenon if isinstance(phenomenon, str) else "")
 
 
 def _distinct(name: str, make: Maker, rng: Random, count: int) -> list[Pair]:
@@ -85,8 +83,8 @@ def _distinct(name: str, make: Maker, rng: Random, count: int) -> list[Pair]:
     for _ in range(50 * count):
         if len(found) == count:
             return list(found.values())
-        good, bad, cluster = make(rng)
-        found.setdefault(good, Pair(_sentence(good), _sentence(bad), name, f"{name}: {cluster}"))
+        good, bad = make(rng)
+        found.setdefault(good, Pair(_sentence(good), _sentence(bad), name))
     raise ValueError(f"there are not {count:,} different pairs of the phenomenon {name}")
 
 
@@ -94,8 +92,8 @@ def _sentence(text: str) -> str:
     return text[0].upper() + text[1:] + ("" if text.endswith("?") else ".")
 
 
-Maker = Callable[[Random], tuple[str, str, str]]
-"""Draws (good sentence, bad sentence, cluster)."""
+Maker = Callable[[Random], tuple[str, str]]
+"""Draws (good sentence, bad sentence)."""
 
 
 def _regular(words: str) -> tuple[tuple[str, str], ...]:
@@ -136,13 +134,13 @@ _OF_PEOPLE = ("young", "old", "poor", "tall", "clever", "quiet", "tired", "famou
 _OF_THINGS = ("old", "large", "small", "new", "beautiful", "strange", "little", "fine")
 
 
-def _subject_verb(rng: Random) -> tuple[str, str, str]:
+def _subject_verb(rng: Random) -> tuple[str, str]:
     """The old farmer sleeps / *sleep in the next room."""
     noun, number = rng.choice(_PEOPLE), rng.randrange(2)
     verb, rest = rng.choice(_PRESENT)
     start = f"the {rng.choice(_OF_PEOPLE)} {noun[number]}"
     good, bad = verb[number], verb[1 - number]
-    return f"{start} {good} {rest}", f"{start} {bad} {rest}", f"{noun[number]} {good}"
+    return f"{start} {good} {rest}", f"{start} {bad} {rest}"
 
 
 _PRESENT = (
@@ -161,14 +159,14 @@ _PRESENT = (
 )
 
 
-def _across_phrase(rng: Random) -> tuple[str, str, str]:
+def _across_phrase(rng: Random) -> tuple[str, str]:
     """The lamp near the windows is / *are very old."""
     number = rng.randrange(2)
     noun, other = rng.sample(_PLACES, 2)
     verb, rest = rng.choice(_OF_STATE)
     start = f"the {noun[number]} {rng.choice(('near', 'behind', 'beside'))} the {other[1 - number]}"
     good, bad = verb[number], verb[1 - number]
-    return f"{start} {good} {rest}", f"{start} {bad} {rest}", f"{noun[number]} {good}"
+    return f"{start} {good} {rest}", f"{start} {bad} {rest}"
 
 
 _OF_STATE = (
@@ -181,7 +179,7 @@ _OF_STATE = (
 )
 
 
-def _across_clause(rng: Random) -> tuple[str, str, str]:
+def _across_clause(rng: Random) -> tuple[str, str]:
     """The boy who followed the soldiers was / *were very tired."""
     number = rng.randrange(2)
     noun, other = rng.sample(_PEOPLE, 2)
@@ -189,7 +187,7 @@ def _across_clause(rng: Random) -> tuple[str, str, str]:
     clause = rng.choice(("met", "followed", "helped", "saw", "called", "thanked"))
     start = f"the {noun[number]} who {clause} the {other[1 - number]}"
     good, bad = verb[number], verb[1 - number]
-    return f"{start} {good} {rest}", f"{start} {bad} {rest}", f"{noun[number]} {good}"
+    return f"{start} {good} {rest}", f"{start} {bad} {rest}"
 
 
 _OF_PERSON = (
@@ -203,22 +201,22 @@ _OF_PERSON = (
 )
 
 
-def _determiner(rng: Random) -> tuple[str, str, str]:
+def _determiner(rng: Random) -> tuple[str, str]:
     """He sold these old chairs / *chair in the morning."""
     noun, number = rng.choice(_THINGS), rng.randrange(2)
     word = rng.choice((("this", "these"), ("that", "those")))[number]
-    adjective = rng.choice(("", *(f"{word} " for word in _OF_THINGS)))
+    adjective = rng.choice(("", *(f"{quality} " for quality in _OF_THINGS)))
     verb = rng.choice(("bought", "sold", "lost", "kept", "wanted", "liked"))
     start = f"{rng.choice(_SUBJECTS)} {verb} {word} {adjective}"
     rest = rng.choice(("last year", "in the morning", "a long time ago", "before the war"))
     good, bad = noun[number], noun[1 - number]
-    return f"{start}{good} {rest}", f"{start}{bad} {rest}", f"{word} {good}"
+    return f"{start}{good} {rest}", f"{start}{bad} {rest}"
 
 
 _SUBJECTS = ("he", "she", "they", "we", "my father", "her mother", "the children")
 
 
-def _reflexive_number(rng: Random) -> tuple[str, str, str]:
+def _reflexive_number(rng: Random) -> tuple[str, str]:
     """The kings blamed themselves / *himself for the accident."""
     number, (nouns, singular) = rng.randrange(2), rng.choice(_GENDERS)
     noun = rng.choice(nouns)[number]
@@ -226,7 +224,7 @@ def _reflexive_number(rng: Random) -> tuple[str, str, str]:
     return _reflexive(rng, noun, words[number], words[1 - number])
 
 
-def _reflexive_gender(rng: Random) -> tuple[str, str, str]:
+def _reflexive_gender(rng: Random) -> tuple[str, str]:
     """Our uncle saw himself / *herself in the mirror."""
     gender = rng.randrange(2)
     noun = rng.choice(_GENDERS[gender][0])[0]
@@ -236,10 +234,10 @@ def _reflexive_gender(rng: Random) -> tuple[str, str, str]:
 _GENDERS = ((_MALE, "himself"), (_FEMALE, "herself"))
 
 
-def _reflexive(rng: Random, noun: str, good: str, bad: str) -> tuple[str, str, str]:
+def _reflexive(rng: Random, noun: str, good: str, bad: str) -> tuple[str, str]:
     verb, rest = rng.choice(_TO_ONESELF)
     start = f"{rng.choice(('the', 'our'))} {noun} {verb}"
-    return f"{start} {good} {rest}", f"{start} {bad} {rest}", f"{noun} {good}"
+    return f"{start} {good} {rest}", f"{start} {bad} {rest}"
 
 
 _TO_ONESELF = (
@@ -256,7 +254,7 @@ _TO_ONESELF = (
 )
 
 
-def _participle(rng: Random) -> tuple[str, str, str]:
+def _participle(rng: Random) -> tuple[str, str]:
     """The boy has broken / *broke the window; the boy broke / *broken the window."""
     noun, perfect = rng.choice(_PEOPLE), rng.random() < 0.5
     past, participle, thing = rng.choice(_IRREGULAR)
@@ -264,7 +262,7 @@ def _participle(rng: Random) -> tuple[str, str, str]:
     if perfect:
         start += rng.choice((" has", " had", " has already", " had never"))
     good, bad = (participle, past) if perfect else (past, participle)
-    return f"{start} {good} {thing}", f"{start} {bad} {thing}", f"{noun[0]} {good}"
+    return f"{start} {good} {thing}", f"{start} {bad} {thing}"
 
 
 _IRREGULAR = (
@@ -287,7 +285,7 @@ _IRREGULAR = (
 )
 
 
-def _polarity(rng: Random) -> tuple[str, str, str]:
+def _polarity(rng: Random) -> tuple[str, str]:
     """Nobody / *Somebody in the village had ever seen the sea."""
     noun = rng.choice(_PEOPLE)
     place = rng.choice(("in the village", "in this house", "on the ship", "in the town"))
@@ -301,10 +299,10 @@ def _polarity(rng: Random) -> tuple[str, str, str]:
         good, bad = (f"{word} of the {noun[1]}" for word in ("neither", "both"))
     _, participle, thing = rng.choice(_IRREGULAR)
     rest = f"had ever {participle} {thing}"
-    return f"{good} {rest}", f"{bad} {rest}", f"{good.split()[0]} {participle}"
+    return f"{good} {rest}", f"{bad} {rest}"
 
 
-def _inversion(rng: Random) -> tuple[str, str, str]:
+def _inversion(rng: Random) -> tuple[str, str]:
     """Where did the captain / *the captain did hide the money."""
     noun = rng.choice(_PEOPLE)
     base, participle, thing = rng.choice(_DEEDS)
@@ -312,7 +310,7 @@ def _inversion(rng: Random) -> tuple[str, str, str]:
     subject = f"the {rng.choice(noun)}"
     start = rng.choice(("where", "when", "why", "how"))
     good, bad = f"{start} {helper} {subject}", f"{start} {subject} {helper}"
-    return f"{good} {form} {thing}?", f"{bad} {form} {thing}?", f"{noun[0]} {helper} {base}"
+    return f"{good} {form} {thing}?", f"{bad} {form} {thing}?"
 
 
 _DEEDS = (
@@ -329,7 +327,7 @@ _DEEDS = (
 )
 
 
-def _pronoun(rng: Random) -> tuple[str, str, str]:
+def _pronoun(rng: Random) -> tuple[str, str]:
     """The old man followed her / *she; she / *her followed the old man."""
     noun, verb = rng.choice(_PEOPLE), rng.choice(_MEETINGS)
     other = f"the {rng.choice(_OF_PEOPLE)} {rng.choice(noun)}"
@@ -337,16 +335,16 @@ def _pronoun(rng: Random) -> tuple[str, str, str]:
     nominative, objective = rng.choice(_CASES)
     if rng.random() < 0.5:
         sentences = [f"{word} {verb} {other} {rest}" for word in (nominative, objective)]
-        return sentences[0], sentences[1], f"{nominative} {verb}"
+        return sentences[0], sentences[1]
     sentences = [f"{other} {verb} {word} {rest}" for word in (objective, nominative)]
-    return sentences[0], sentences[1], f"{verb} {objective}"
+    return sentences[0], sentences[1]
 
 
 _CASES = (("I", "me"), ("he", "him"), ("she", "her"), ("we", "us"), ("they", "them"))
 _MEETINGS = ("saw", "followed", "helped", "met", "called", "thanked", "left", "asked", "heard")
 
 
-def _auxiliary(rng: Random) -> tuple[str, str, str]:
+def _auxiliary(rng: Random) -> tuple[str, str]:
     """The boy could not find / *found the key; the boy had found / *find the key."""
     noun = rng.choice(_PEOPLE)
     base, participle, thing = rng.choice(_DEEDS)
@@ -356,17 +354,17 @@ def _auxiliary(rng: Random) -> tuple[str, str, str]:
     else:
         helper, good, bad = rng.choice(("had", "had not", "had never")), participle, base
     start = f"{start} {helper}"
-    return f"{start} {good} {thing}", f"{start} {bad} {thing}", f"{noun[0]} {good}"
+    return f"{start} {good} {thing}", f"{start} {bad} {thing}"
 
 
-def _article(rng: Random) -> tuple[str, str, str]:
+def _article(rng: Random) -> tuple[str, str]:
     """She saw an / *a old house; she saw a / *an house."""
     start = f"{rng.choice(_SUBJECTS)} {rng.choice(('saw', 'found', 'wanted', 'bought', 'lost'))}"
     vowel = rng.random() < 0.5
     word = rng.choice(_VOWELS if vowel else _OF_THINGS[1:])
     rest = f"{word} {rng.choice(_THINGS)[0]}"
     good, bad = ("an", "a") if vowel else ("a", "an")
-    return f"{start} {good} {rest}", f"{start} {bad} {rest}", f"{good} {rest}"
+    return f"{start} {good} {rest}", f"{start} {bad} {rest}"
 
 
 _VOWELS = ("old", "ugly", "odd", "iron", "English", "American", "excellent", "expensive")

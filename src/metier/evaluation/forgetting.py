@@ -11,8 +11,10 @@ paired. Where an arm was trained with several seeds, any of the models may be th
 the ability holds only if it holds for each, and the worst is shown. No correction is needed for
 several seeds or abilities that must all hold (intersection-union, Berger 1982).
 
-The intervals speak of text like this and of sentences like these: the phenomena of the pairs are
-a fixed set, not a sample of English, so pairs count as alike only when they share their words.
+The intervals speak of text like this and of sentences like these. Windows lie far apart and pairs
+are drawn one by one, so each counts for itself; the phenomena of the pairs are a fixed set, not a
+sample of English. (Over 50 draws of 1,200 pairs the loss of a damaged model varied with a standard
+deviation of 0.0144, where this error is 0.0146; clusters by phenomenon would make it 0.0211.)
 """
 
 from __future__ import annotations
@@ -79,8 +81,6 @@ class Ability(Config):
     """text: bits of each window. skill: 1 where the good sentence wins, 0.5 at a tie, else 0."""
     sizes: tuple[int, ...] = ()
     """text: UTF-8 bytes of each window."""
-    clusters: tuple[str, ...] = ()
-    """skill: cluster of each pair."""
 
 
 def load_material(settings: Forgetting, task_file: Path, exclude: Sequence[str] = ()) -> Material:
@@ -216,7 +216,6 @@ def _measure_skill(
     return Ability(
         name=f"skill: {material.skill}",
         values=tuple(wins),
-        clusters=tuple(pair.cluster for pair in material.pairs),
     )
 
 
@@ -261,7 +260,7 @@ def compare(
 
 def _check_same(before: Sequence[Ability], after: Sequence[Sequence[Ability]]) -> None:
     def shape(abilities: Sequence[Ability]) -> list[object]:
-        return [(a.name, len(a.values), a.sizes, a.clusters) for a in abilities]
+        return [(a.name, len(a.values), a.sizes) for a in abilities]
 
     if not after or any(shape(seed) != shape(before) for seed in after):
         raise RunError(
@@ -306,13 +305,14 @@ def _ratio(numerators: Floats, denominators: Floats) -> Estimate:
 
 def _skill_forgotten(before: Ability, after: Ability, tolerance: float) -> Forgotten:
     first, second = np.array([before.values]), np.array([after.values])
-    loss = difference_interval(paired_difference(first, second, before.clusters))
+    each = np.arange(len(before.values))
+    loss = difference_interval(paired_difference(first, second, each))
     return Forgotten(
         name=before.name,
         unit="accuracy",
         lower_is_better=False,
-        before=mean_score(first, before.clusters),
-        after=mean_score(second, before.clusters),
+        before=mean_score(first, each),
+        after=mean_score(second, each),
         loss=loss,
         tolerance=tolerance,
         holds=non_inferior(loss, tolerance),
