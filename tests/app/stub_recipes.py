@@ -141,4 +141,9 @@ def specialist(run, arm=None):
 
 def serve(run, arm=None, host="", port=0, api_key=None, allowed_hosts=(), ready=None):
     calls.append(("serve", run, arm, host, port, api_key, list(allowed_hosts)))
-    ready(f"http://{host}:{port}/v1")
+    if Path(run).stem == "real":
+        from metier.serving import gateway
+
+        gateway.serve({}, host, port, api_key, allowed_hosts, ready)
+    else:
+        ready(f"http://{host}:{port}/v1")

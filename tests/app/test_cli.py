@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 from typer.testing import CliRunner
 
@@ -244,6 +245,19 @@ def test_serve_takes_a_key_from_the_environment_and_keeps_it_to_itself(cli, monk
     assert "given-key" not in done.output
     cli("serve", "runs/x", "--no-key")
     assert stub.calls[1][5] is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_serving_ends_well_when_it_is_told_to(number):
+    with metier_process("serve", "real", "--port", "0", "--json") as process:
+        shown = json.loads(process.stdout.readline())
+        headers = {"Authorization": f"Bearer {shown['api_key']}"}
+        assert httpx.get(f"{shown['url']}/models").status_code == 401
+        assert httpx.get(f"{shown['url']}/models", headers=headers).json()["data"] == []
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=20)
+    assert process.returncode == 0
+    assert errors == ""
 
 
 def test_chat_answers_every_line(cli):

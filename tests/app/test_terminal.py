@@ -48,5 +48,6 @@ def test_no_text_steers_the_terminal(text):
     assert "".join(c for c in shown if c not in "\n\t\N{NO-BREAK SPACE}").isprintable()
 
 
-def test_an_escape_sequence_is_made_visible():
-    assert terminal.printable("a\x1b[2Jb\rc\td") == "a\ufffd[2Jb\ufffdc\td"
+def test_escape_sequences_are_made_visible_and_spaces_stay():
+    given = "a\x1b[2Jb\rc\td\n\N{NO-BREAK SPACE}é"
+    assert terminal.printable(given) == "a\ufffd[2Jb\ufffdc\td\n\N{NO-BREAK SPACE}é"

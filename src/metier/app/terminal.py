@@ -39,9 +39,8 @@ def as_outline(value: Any) -> str:
 
 def printable(text: str) -> str:
     """Text without what could steer a terminal: models and data files write anything."""
-    return "".join(
-        c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
-    )
+    kept = "\n\t\N{NO-BREAK SPACE}"
+    return "".join(c if c.isprintable() or c in kept else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 class TerminalProgress:
