@@ -436,7 +436,7 @@ def test_a_client_that_leaves_ends_its_generation(stream):
                 pass
             assert not echo.closed.is_set(), "while the client listens, it goes on"
         leaving.close()
-        assert echo.closed.wait(1), "it stops within a second"
+        assert echo.closed.wait(5), "it stops soon"
         assert echo.pieces > 5
         assert httpx.post(f"{url}/chat/completions", json=CHAT).status_code == 200
 
