@@ -34,7 +34,7 @@ types: $(READY)  ## Check types.
 check: lint types test  ## Everything a change must pass.
 
 bench: $(READY)  ## Measure again what the documentation claims; writes benchmarks/results.
-	$(BIN)/python -m benchmarks
+	set -e; for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python $$script; done
 
 pins: $(READY)  ## Write constraints.txt from what is installed in .venv.
 	{ head -n 2 constraints.txt; $(BIN)/pip freeze --exclude-editable | sed 's/+cpu$$//'; } > constraints.new
