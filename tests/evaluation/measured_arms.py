@@ -43,18 +43,28 @@ def arm(name: str, *right: int, on_validation: int | None = None, **values: obje
 def kept() -> Forgotten:
     """Text is read a little worse, well within the tolerance."""
     return Forgotten(
-        name="text: topics", unit="bits per byte", lower_is_better=True,
-        before=around(1.8, 0.02), after=around(1.82, 0.02),
-        loss=around(0.011, 0.005), tolerance=0.05, holds=True,
+        name="text: topics",
+        unit="bits per byte",
+        lower_is_better=True,
+        before=around(1.8, 0.02),
+        after=around(1.82, 0.02),
+        loss=around(0.011, 0.005),
+        tolerance=0.05,
+        holds=True,
     )
 
 
 def lost(loss: float = 0.09, half: float = 0.02) -> Forgotten:
     """Grammar suffered."""
     return Forgotten(
-        name="skill: pairs", unit="accuracy", lower_is_better=False,
-        before=around(0.7, 0.02), after=around(0.7 - loss, 0.02),
-        loss=around(loss, half), tolerance=0.03, holds=False,
+        name="skill: pairs",
+        unit="accuracy",
+        lower_is_better=False,
+        before=around(0.7, 0.02),
+        after=around(0.7 - loss, 0.02),
+        loss=around(loss, half),
+        tolerance=0.03,
+        holds=False,
     )
 
 
@@ -66,8 +76,13 @@ SIMPLER = (arm("prompt", 90), arm("few-shot", 150), arm("classical", 210, prompt
 
 
 def verdict_of(
-    *arms: Measured, kind: str = "classification", commonest: int = 60, openings: int = 1,
-    examples: int = TEST, margin: float = 0.02, clusters: object = None,
+    *arms: Measured,
+    kind: str = "classification",
+    commonest: int = 60,
+    openings: int = 1,
+    examples: int = TEST,
+    margin: float = 0.02,
+    clusters: object = None,
 ) -> Verdict:
     """Decide between these arms; `commonest` of the expected answers are the same label."""
     names = np.arange(examples) if clusters is None else clusters
@@ -81,7 +96,10 @@ def verdict_of(
         expected=expected,
         labels=labels,
         data=DataSummary(
-            train=1000, validation=VALIDATION, test=examples,
-            test_clusters=len(set(np.asarray(names).tolist())), test_openings=openings,
+            train=1000,
+            validation=VALIDATION,
+            test=examples,
+            test_clusters=len(set(np.asarray(names).tolist())),
+            test_openings=openings,
         ),
     )

@@ -96,8 +96,9 @@ def test_a_sound_verdict_needs_no_caution():
 
 
 def test_an_opened_test_part_a_small_one_and_few_seeds_are_said():
-    found = notes(*SIMPLER, arm("lora", 250), arm("full", 250, 251), openings=3,
-                  clusters=np.arange(300) // 10)
+    found = notes(
+        *SIMPLER, arm("lora", 250), arm("full", 250, 251), openings=3, clusters=np.arange(300) // 10
+    )
     assert "has been opened 3 times" in found
     assert "small (300 examples in 30 clusters)" in found
     assert "lora was trained with one seed" in found
@@ -143,8 +144,11 @@ def test_a_better_simpler_arm_and_a_better_remote_arm_are_pointed_out():
 
 
 def test_notes_of_an_arm_say_what_it_is_not_better_than():
-    found = verdict_of(arm("prompt", 10, notes=("as measured",)), *SIMPLER[1:],
-                       arm("lora", 250, 251, forgetting=()))
+    found = verdict_of(
+        arm("prompt", 10, notes=("as measured",)),
+        *SIMPLER[1:],
+        arm("lora", 250, 251, forgetting=()),
+    )
     by_arm = {each.arm: plain(" ".join(each.notes)) for each in found.arms}
     assert by_arm["prompt"] == (
         "as measured Worse than always answering the commonest label (20.0 %)."

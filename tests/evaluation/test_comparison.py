@@ -16,9 +16,7 @@ LORA = arm("lora", 250, 251, 252)
 
 
 def compared(*arms, margin=0.02, machine_hour=0.1, chance=0.2):
-    found = compare(
-        arms, np.arange(TEST), margin=margin, machine_hour=machine_hour, chance=chance
-    )
+    found = compare(arms, np.arange(TEST), margin=margin, machine_hour=machine_hour, chance=chance)
     return {each.name: each for each in found}
 
 
@@ -29,7 +27,9 @@ def test_the_reference_is_best_on_validation_not_on_the_test_part():
 
 def test_the_reference_is_chosen_over_bases_and_modes_but_never_tuned_or_remote():
     arms = [
-        arm("prompt@a", 90), arm("prompt/likelihood@b", 150), arm("lora", 290, 290, 290),
+        arm("prompt@a", 90),
+        arm("prompt/likelihood@b", 150),
+        arm("lora", 290, 290, 290),
         arm("remote", 299),
     ]
     assert choose_reference(arms).arm.name == "prompt/likelihood@b"
@@ -59,8 +59,11 @@ def test_the_reference_has_no_comparison_and_the_others_have():
 def test_only_tuned_arms_are_corrected_for_and_count():
     one = compared(*SIMPLER, arm("remote", 240), arm("lora", 224, 225, 227))
     three = compared(
-        *SIMPLER, arm("remote", 240), arm("lora", 224, 225, 227),
-        arm("full", 210, 211, 212), arm("lora/head", 208, 210, 213),
+        *SIMPLER,
+        arm("remote", 240),
+        arm("lora", 224, 225, 227),
+        arm("full", 210, 211, 212),
+        arm("lora/head", 208, 210, 213),
     )
     assert one["remote"].p_adjusted is one["remote"].adjusted_low is None
     assert one["lora"].p_adjusted == one["lora"].tested.p_value
@@ -93,12 +96,13 @@ def test_on_very_few_clusters_the_permutation_test_has_the_last_word():
 
 
 def test_a_tuned_arm_must_also_beat_the_simpler_arms_that_validation_did_not_choose():
-    rival = arm("rag", 246, on_validation=50)
+    rival = arm("rag", 242, on_validation=50)
     found = compared(*SIMPLER, rival, LORA)["lora"]
+    assert found.score.mean - 242 / TEST > 0.02
     assert found.proven
     assert found.not_beaten == ("rag",)
     assert not found.qualifies
-    assert compared(*SIMPLER, LORA)["lora"].qualifies
+    assert compared(*SIMPLER, arm("rag", 230, on_validation=50), LORA)["lora"].qualifies
 
 
 def test_a_tuned_arm_must_do_better_than_chance():
@@ -142,6 +146,11 @@ def test_scores_outside_0_to_1_are_refused(part, wrong):
     bad = arm("prompt", 150, **{part: values})
     with pytest.raises(DataError, match=r"arm 'prompt'.*\n.*between 0 and 1"):
         compared(bad, arm("classical", 210))
+
+
+def test_a_missing_validation_part_is_refused():
+    with pytest.raises(DataError, match="validation part"):
+        compared(arm("prompt", 90, validation=np.zeros((1, 0))), arm("classical", 210))
 
 
 @pytest.mark.parametrize("shape", [(1, TEST - 1), (TEST,), (0, TEST)])

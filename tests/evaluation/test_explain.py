@@ -41,12 +41,21 @@ def test_forgetting_that_was_not_measured_is_said():
 @pytest.mark.parametrize(
     ("scores", "margin", "end"),
     [
-        ((row(216, 6), row(214), row(216)), 0.02,
-         ", which shows no gain above the margin of 2.0 points."),
-        ((row(220, 3), row(226), row(231)), 0.02,
-         ", which does not prove a gain above the margin of 2.0 points."),
-        ((row(211), row(212), row(213)), 0.025,
-         ", which is not more than the margin of 2.5 points."),
+        (
+            (row(216, 6), row(214), row(216)),
+            0.02,
+            ", which shows no gain above the margin of 2.0 points.",
+        ),
+        (
+            (row(220, 3), row(226), row(231)),
+            0.02,
+            ", which does not prove a gain above the margin of 2.0 points.",
+        ),
+        (
+            (row(211), row(212), row(213)),
+            0.025,
+            ", which is not more than the margin of 2.5 points.",
+        ),
         ((row(150), row(151), row(152)), 0.0025, ": it is worse."),
     ],
 )
@@ -83,7 +92,7 @@ def test_a_loss_that_is_only_not_excluded_is_not_called_forgotten():
 
 def test_a_simpler_arm_that_validation_missed_bars_the_tuned_one_in_words():
     found = verdict_of(*SIMPLER, arm("rag", 246, on_validation=50), LORA)
-    assert "but it does not exceed rag on the test part" in found.headline
+    assert "but it is not clearly better than rag on the test part" in found.headline
     assert "the reference may not be the best simpler arm" in found.reasons[0]
 
 

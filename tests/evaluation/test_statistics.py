@@ -184,7 +184,9 @@ def test_sign_flip_is_scipys_exact_permutation_test():
     for _ in range(5):
         sums = rng.normal(0.4, 1, 9)
         expected = stats.permutation_test(
-            (sums, np.zeros(9)), lambda x, y: np.sum(x - y), permutation_type="samples",
+            (sums, np.zeros(9)),
+            lambda x, y: np.sum(x - y),
+            permutation_type="samples",
             n_resamples=np.inf,
         )
         found = statistics.sign_flip(sums)

@@ -71,8 +71,9 @@ def test_nothing_tuned_is_a_verdict_too():
 def test_remote_is_reported_and_neither_reference_nor_shipped():
     found = verdict_of(*SIMPLER, arm("remote", 299))
     assert (found.decision, found.reference) == ("use-simpler", "classical")
-    assert any(reason.startswith("remote: >") or "remote: 99.7" in reason
-               for reason in found.reasons)
+    assert any(
+        reason.startswith("remote: >") or "remote: 99.7" in reason for reason in found.reasons
+    )
 
 
 def test_one_seed_can_be_shipped_and_is_said():
@@ -85,7 +86,11 @@ def test_one_seed_can_be_shipped_and_is_said():
 def test_the_verdict_holds_every_arm_and_survives_its_file():
     found = verdict_of(*SIMPLER, LORA, arm("remote", 240))
     assert [each.arm for each in found.arms] == [
-        "prompt", "few-shot", "classical", "lora", "remote",
+        "prompt",
+        "few-shot",
+        "classical",
+        "lora",
+        "remote",
     ]
     lora = found.arms[3]
     assert lora.difference.low < lora.difference.mean < lora.difference.high
@@ -107,16 +112,23 @@ def test_any_scores_end_in_a_whole_verdict(simpler, tuned, size, kind):
     """Whatever was measured: words without gaps, and a decision that agrees with the numbers."""
     names = ("prompt", "few-shot", "rag"), ("lora", "full", "lora+rag")
     arms = [
-        arm(name, *rights, scores=np.array([row(r, examples=60) for r in rights]),
-            validation=np.array([row(r, examples=60) for r in rights]))
+        arm(
+            name,
+            *rights,
+            scores=np.array([row(r, examples=60) for r in rights]),
+            validation=np.array([row(r, examples=60) for r in rights]),
+        )
         for name, rights in [
             *zip(names[0], ([each] for each in simpler), strict=False),
             *zip(names[1], tuned, strict=False),
         ]
     ]
     found = verdict_of(*arms, kind=kind, examples=60, clusters=np.arange(60) // size, commonest=20)
-    qualified = [each for each in found.arms if each.tuned and each.adjusted_low > found.margin
-                 and each.p_adjusted < 0.05]
+    qualified = [
+        each
+        for each in found.arms
+        if each.tuned and each.adjusted_low > found.margin and each.p_adjusted < 0.05
+    ]
     assert found.decision == "use-simpler" or found.arm in {each.arm for each in qualified}
     words = (found.headline, *found.reasons, *found.what_would_change, *found.notes)
     assert all(text.endswith(".") and "nan" not in text and "inf " not in text for text in words)

@@ -31,9 +31,10 @@ def rule(margin: float) -> str:
         "paired gain over the reference on the sealed test part is above the margin of "
         f"{margin_in_points(margin)}, and the p-value of 'no difference' is below 0.05; bound and "
         "p-value count whole clusters of examples, differences between training seeds, and Holm's "
-        "correction over the tuned arms (2.5 % error in all, one-sided). Second, it scores above "
-        "every other simpler arm on the test part, too, by more than the margin, and above answers "
-        "without any understanding, such as always the commonest label. Third, for every ability "
+        "correction over the tuned arms (2.5 % error in all, one-sided). Second, its gain over "
+        "every other simpler arm is above the margin, too (lower bound with 10 % error: validation "
+        "may have chosen a wrong reference), and it scores above answers without any "
+        "understanding, such as always the commonest label. Third, for every ability "
         "measured before and after tuning, the upper end of the 95 % interval of the loss lies "
         "within the tolerance. Of several such arms the best on validation is shipped; if there "
         "is none, use the reference. An arm that asks a remote model is compared and reported, "
@@ -87,10 +88,7 @@ def _but(each: Compared, outcome: Outcome) -> str:
         if each.forgot:
             return f", but {_forgot(each.forgot)}"
         if each.not_beaten:
-            return (
-                f", but it does not exceed {listed(each.not_beaten)} on the test part by more "
-                f"than the margin of {margin_in_points(outcome.margin)}"
-            )
+            return f", but it is not clearly better than {listed(each.not_beaten)} on the test part"
     return _unproven(each, outcome)
 
 
@@ -140,8 +138,8 @@ def _reason(each: Compared, outcome: Outcome) -> str:
     sentences = [opening, f"Gain over {over} {gain(each, outcome)}, {_bound(each, outcome)}."]
     if each.not_beaten and each.proven:
         sentences.append(
-            f"It does not exceed {listed(each.not_beaten)} on the test part by more than the "
-            "margin, so the reference may not be the best simpler arm."
+            f"It is not clearly better than {listed(each.not_beaten)} on the test part: the "
+            "reference may not be the best simpler arm."
         )
     if each.proven and not each.above_chance:
         sentences.append(f"It does no better than {outcome.chance.words}.")
