@@ -21,6 +21,8 @@ import torch
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from metier.errors import ModelError
+
 Ids = Sequence[int]
 
 # Prompt tokens read at once: larger chunks are slower on a processor, no faster on a GPU.
@@ -83,7 +85,13 @@ class Decoder:
                 use_cache=True,
                 logits_to_keep=1,
             )
-        self._cache = output.past_key_values
+        self._cache = getattr(output, "past_key_values", None)
+        if self._cache is None:
+            raise ModelError(
+                type(self._model).__name__,
+                "remembers what it read in a way of its own, which cannot be continued here",
+                "choose a base with an attention cache",
+            )
         logits: torch.Tensor = output.logits[:, -1]
         return logits
 
@@ -143,6 +151,8 @@ class _Buffers(DynamicLayer):  # type: ignore[no-untyped-call]
 
 def has_plain_cache(model: Any) -> bool:
     """Whether a model remembers by keys and values alone."""
+    if getattr(model, "_is_stateful", False):
+        return False
     layers = DynamicCache(config=model.config.get_text_config()).layers
     return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
 

@@ -1,8 +1,7 @@
 """The one generation engine: evaluation, rollouts and serving all call it.
 
-Greedy answers come in batches: prompts of similar length side by side, padded on the left so
-that all rows write their next token at the same place; keys and values are cached; rows that
-have stopped leave the batch.
+Greedy answers come in batches of prompts of similar length; rows that have stopped leave their
+batch. How rows are read and written is in decoder.py.
 """
 
 from __future__ import annotations
@@ -265,7 +264,7 @@ class Engine:
             ignore_index=_IGNORED,
             reduction="none",
         )
-        sums: list[float] = (-losses.sum(1)).tolist()
+        sums: list[float] = (0 - losses.sum(1)).tolist()
         return sums
 
 

@@ -1,13 +1,15 @@
 """Load a base: a pre-trained causal language model with its tokenizer, checked before use.
 
 Weights are safetensors only and remote code is never run. Encoder-decoder models are not there
-yet: they need their own entry in `_model_class` and their own engine.
+yet: they need an entry in `_model_class` and an engine of their own.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -204,29 +206,31 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def _model_class(path: Path, config: PretrainedConfig) -> Any:
-    """The auto class for a config; the place where encoder-decoder models will come in."""
+    """The class for a config; the place where encoder-decoder models will come in."""
     from transformers import AutoModelForCausalLM
 
+    remedy = "choose a causal (decoder-only) language model"
     if config.is_encoder_decoder:
-        raise ModelError(
-            str(path), "is an encoder-decoder model", "choose a causal (decoder-only) base for now"
-        )
-    return AutoModelForCausalLM
+        raise ModelError(str(path), "is an encoder-decoder model", remedy)
+    known: Any = AutoModelForCausalLM._model_mapping
+    if type(config) not in known:
+        raise ModelError(str(path), f"is a {config.model_type} model", remedy)
+    return known[type(config)]
 
 
 def _model(path: Path, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    # The attention is named here because a config may name one to be fetched from the Hub.
-    auto = _model_class(path, config)
+    kind = _model_class(path, config)
     try:
-        model, report = auto.from_pretrained(
-            str(path),
-            config=config,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            attn_implementation="sdpa",
-            output_loading_info=True,
-        )
+        with _no_progress_bar():
+            model, report = kind.from_pretrained(
+                str(path),
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                # Named here, because a config may name attention code to be fetched from the Hub.
+                attn_implementation="sdpa" if kind._supports_sdpa else "eager",
+                output_loading_info=True,
+            )
     except Exception as error:  # transformers raises many unrelated kinds
         raise ModelError(
             str(path),
@@ -242,6 +246,20 @@ def _model(path: Path, config: PretrainedConfig, dtype: torch.dtype) -> PreTrain
         )
     found: PreTrainedModel = model
     return found
+
+
+@contextlib.contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    from transformers.utils import logging
+
+    progress: Any = logging
+    shown = progress.is_progress_bar_enabled()
+    progress.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            progress.enable_progress_bar()
 
 
 def _check_vocabulary(model: PreTrainedModel, tokenizer: Tokenizer, path: Path) -> None:

@@ -49,7 +49,7 @@ class Renderer:
         stop_ids: ids that end an answer.
 
     Raises:
-        ModelError: the template is ``chat`` and the tokenizer has none.
+        ModelError: the template is ``chat`` and the tokenizer has none, or a broken one.
 
     """
 
@@ -270,7 +270,14 @@ class _ChatLayout:
             {"role": "user", "content": "a question"},
             {"role": "assistant", "content": _PROBE},
         ]
-        text = self._render(_Disguise(self._tokenizer, chat, ()), 2, False)
+        try:
+            text = self._render(_Disguise(self._tokenizer, chat, ()), 2, False)
+        except DataError as error:
+            raise ModelError(
+                error.place,
+                f"cannot write a plain question and answer: {error.cause}",
+                "set template: question-answer, or mend the chat template",
+            ) from None
         found = self._tokenizer.control_pattern.search(text.rpartition(_PROBE)[2])
         return found.group() if found else ""
 

@@ -36,7 +36,7 @@ class Tokenizer:
         pad_id: id used to fill batches: the padding token, else `eos_id` (never looked at).
         stop_ids: ids that end an answer: `eos_id` and those of generation_config.json.
         vocab_size: number of ids; every id is below it.
-        chat_template: the Jinja chat template, or None.
+        chat_template: the Jinja chat template (several of them joined), or None.
         control_tokens: every control token with its id.
 
     """
@@ -54,7 +54,7 @@ class Tokenizer:
         self.bos_id: int | None = backend.bos_token_id
         self.eos_id: int = backend.eos_token_id
         self.pad_id: int = self.eos_id if backend.pad_token_id is None else backend.pad_token_id
-        self.chat_template: str | None = _single_template(backend.chat_template)
+        self.chat_template: str | None = _template_text(backend.chat_template)
         self.stop_ids = frozenset({self.eos_id, *extra_stop_ids})
         self._backend = backend
         self._added = _added_tokens(backend)
@@ -86,7 +86,8 @@ class Tokenizer:
                 and must not do so where text goes on.
 
         Raises:
-            DataError: a character cannot be encoded without a control token.
+            DataError: the text is not valid Unicode, or a character cannot be encoded without a
+                control token.
 
         """
         ids = self._encode_after(text, after)
@@ -105,13 +106,21 @@ class Tokenizer:
 
     def _encode_after(self, text: str, after: After) -> list[int]:
         if after == "control":
-            ids = self._plain.encode(_SENTINEL + text, add_special_tokens=False).ids
-            return list(ids[ids.index(self._sentinel) + 1 :])
+            ids = self._raw(_SENTINEL + text)
+            return ids[ids.index(self._sentinel) + 1 :]
         if after == "text" and self._marks_start:
-            ids = self._plain.encode("\n" + text, add_special_tokens=False).ids
+            ids = self._raw("\n" + text)
             if ids[: len(self._newline)] == self._newline:
-                return list(ids[len(self._newline) :])
-        return list(self._plain.encode(text, add_special_tokens=False).ids)
+                return ids[len(self._newline) :]
+        return self._raw(text)
+
+    def _raw(self, text: str) -> list[int]:
+        try:
+            return list(self._plain.encode(text, add_special_tokens=False).ids)
+        except (TypeError, UnicodeEncodeError):
+            raise DataError(
+                "text", "is not valid Unicode (a lone surrogate)", "save the data as UTF-8 anew"
+            ) from None
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; control tokens appear as their strings."""
@@ -140,7 +149,6 @@ class Tokenizer:
         text = self._backend.apply_chat_template(
             [dict(message) for message in messages],
             tools=[dict(tool) for tool in tools] or None,
-            chat_template=self.chat_template,
             add_generation_prompt=add_generation_prompt,
             tokenize=False,
         )
@@ -213,11 +221,10 @@ def _generation_stop_ids(directory: Path, backend: PreTrainedTokenizerFast) -> l
     return [i for i in ids if isinstance(i, int) and 0 <= i < len(backend)]
 
 
-def _single_template(template: Any) -> str | None:
-    """The default of several named templates."""
-    if isinstance(template, dict):
-        template = template.get("default")
-    return template or None
+def _template_text(template: str | Mapping[str, str] | None) -> str | None:
+    """One text, also where the tokenizer has several named templates (with and without tools)."""
+    text = "\n".join(template.values()) if isinstance(template, Mapping) else template
+    return text or None
 
 
 def _added_tokens(backend: PreTrainedTokenizerFast) -> dict[str, dict[str, Any]]:
