@@ -67,7 +67,7 @@ def _obstacles(each: Compared) -> Iterable[str]:
 def _power(each: Compared, outcome: Outcome) -> str:
     """Whether more data could prove the gain, and how much."""
     found, level = difference_of(each), statistics.LEVEL / len(outcome.tuned)
-    if outcome.data.test_clusters < 2:
+    if math.isinf(found.error):
         return "Test examples from more than one cluster: one says nothing about others."
     if found.high() <= outcome.margin:
         return f"{each.name} must become better: a gain above the margin is ruled out."

@@ -15,7 +15,9 @@ class Estimate(Config):
 
     mean: float
     low: float
+    """Lower end of the interval."""
     high: float
+    """Upper end of the interval."""
 
 
 class SeedResult(Config):
@@ -23,9 +25,13 @@ class SeedResult(Config):
 
     seed: int
     test_score: float
+    """Mean over the test examples, 0 to 1."""
     validation_loss: float
+    """Nats per trained token, at its lowest."""
     steps: int
+    """Optimiser steps."""
     seconds: float
+    """Training time."""
 
 
 class Forgotten(Config):
@@ -34,9 +40,12 @@ class Forgotten(Config):
     name: str
     """What was measured: `text: <name>` in bits per byte, or `skill: <name>` as accuracy."""
     unit: str
+    """Unit of `before` and `after`."""
     lower_is_better: bool
     before: Estimate
+    """The base."""
     after: Estimate
+    """The tuned model."""
     loss: Estimate
     """How much worse it became (positive is worse), in the units of `tolerance`."""
     tolerance: float
@@ -48,14 +57,21 @@ class ArmResult(Config):
     """One arm on the sealed test part."""
 
     arm: str
+    """Its name: method, mode and base."""
     method: str
+    """prompt, few-shot, rag, classical, lora, full, lora+rag or remote."""
     mode: str
+    """How it answers: text, likelihood (labels scored) or head (classification head)."""
     base: str
+    """The base, where several are compared."""
     tuned: bool
+    """Whether a language model was trained for it."""
     score: Estimate
+    """Mean test score, 0 to 1; over all seeds for a tuned arm."""
     metrics: dict[str, float] = {}
     """Further metrics of the task, e.g. macro_f1, valid_json, invalid_answers."""
     validation_score: float
+    """Mean validation score, 0 to 1: what choices were made on."""
     difference: Estimate | None = None
     """Paired difference to the reference; None for the reference itself."""
     p_value: float | None = None
@@ -72,19 +88,24 @@ class ArmResult(Config):
     """Which test gave the p-value."""
     seeds: tuple[SeedResult, ...] = ()
     latency_p50: float
-    """Seconds for one request alone."""
+    """Seconds for one request alone, median."""
     latency_p95: float
+    """Seconds, 95th percentile."""
     prompt_tokens: float
     """Mean per request."""
     completion_tokens: float
+    """Mean per request."""
     training_seconds: float = 0.0
     """Mean per seed."""
     peak_memory: int = 0
     """Bytes, of the process, at its highest."""
     cost_per_1000: float = 0.0
+    """Price of 1,000 requests: of their tokens, or of the machine's time one after the other."""
     break_even_requests: float | None = None
-    """Requests after which training has paid for itself against the reference; None: never."""
+    """Requests after which the trainings of all seeds have paid for themselves against the
+    reference by cheaper requests; None: never, or nothing was trained."""
     forgetting: tuple[Forgotten, ...] = ()
+    """General abilities before and after tuning."""
     notes: tuple[str, ...] = ()
     """Plain words on what a reader must know, e.g. that the base cannot follow prompts."""
 
@@ -93,23 +114,32 @@ class DataSummary(Config):
     """What the arms were trained and judged on."""
 
     train: int
+    """Training examples."""
     validation: int
+    """Validation examples."""
     test: int
+    """Examples of the sealed test part."""
     test_clusters: int
+    """Clusters in it: groups merged with their near-duplicates."""
     removed: dict[str, int] = {}
     """Rows left out, by reason code."""
     test_openings: int = 1
     """How often the sealed part has been opened, this time included."""
     warnings: tuple[str, ...] = ()
+    """What is doubtful about the data."""
 
 
 class Verdict(Config):
     """The decision between arms with its evidence."""
 
     version: Literal[1] = 1
+    """Version of this format."""
     task: str
+    """Name of the task."""
     kind: str
+    """classification, extraction or expansion."""
     decision: Literal["ship", "use-simpler"]
+    """Ship a tuned arm, or use the reference."""
     arm: str
     """The arm to use."""
     reference: str
@@ -131,25 +161,39 @@ class Verdict(Config):
     margin: float
     """What the gain of a tuned arm must exceed, as a share of 1."""
     currency: str
+    """Currency of all prices."""
     data: DataSummary
+    """What the arms were trained and judged on."""
     arms: tuple[ArmResult, ...]
+    """Every arm that was compared."""
     command: str = ""
+    """The command that made this."""
     made: str = ""
+    """When, ISO 8601."""
     seconds: float = 0.0
+    """How long all of it took."""
     versions: dict[str, str] = {}
+    """Versions and hardware it was made with."""
 
 
 class Sample(Config):
     """One test example as answered by an arm and by the reference."""
 
     id: str
+    """The example's id."""
     input: str
     expected: str
+    """The expected output."""
     answer: str
+    """What the arm answered."""
     score: float
+    """What the answer is worth, 0 to 1."""
     explanation: str = ""
+    """Why, in words."""
     reference_answer: str = ""
+    """What the reference answered."""
     reference_score: float = 0.0
+    """What that is worth, 0 to 1."""
 
 
 class CurvePoint(Config):

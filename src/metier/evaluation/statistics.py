@@ -27,9 +27,12 @@ Clusters = Sequence[str] | NDArray[np.intp]
 """The cluster of each example, by name or number."""
 
 LEVEL = 0.025
+"""One-sided error of every bound that decides."""
 POWER = 0.8
+"""Chance to prove a gain for which a test is planned."""
 _ENUMERATE = 12
 _DRAWS = 9_999
+_ROUNDING = 1e-20
 _LEAST_DIFFERING = 4
 _MOST_EXAMPLES = 1_000_000
 _MOST_SEEDS = 10
@@ -78,7 +81,7 @@ class Effect:
         """Degrees of freedom of `error`.
 
         Satterthwaite (1946) over both levels. Where seeds carry more than half of what examples
-        do, only the seeds' own S - 1 count: there Satterthwaite's value is known to be too high.
+        do, only the seeds' own S - 1 count: there Satterthwaite's value lets the error double.
         """
         if self.seeds_variance > self.examples_variance / 2:
             return min(self.seeds - 1, self.examples_df)
@@ -189,7 +192,8 @@ def mean_score(scores: Floats, clusters: Clusters) -> Estimate:
     """
     found = effect(scores, clusters)
     mean, variance = min(max(found.mean, 0.0), 1.0), found.error**2
-    size = mean * (1 - mean) / variance if variance > 0 else independent_examples(clusters)
+    alike = variance < _ROUNDING
+    size = independent_examples(clusters) if alike else mean * (1 - mean) / variance
     square = _t_quantile(found.df, LEVEL) ** 2
     centre = (size * mean + square / 2) / (size + square)
     half = math.sqrt(square * size * mean * (1 - mean) + square**2 / 4) / (size + square)

@@ -101,9 +101,10 @@ def chance(task: Task, expected: Sequence[str], labels: Sequence[str]) -> Chance
         level = _NEAR_ZERO
         return Chance(level, f"giving no useful answer ({percent(level)} or less)", level)
     commonest = Counter(expected).most_common(1)[0][1] / len(expected)
-    guessing = 1 / max(len(labels), len(set(expected)))
+    choices = max(len(labels), len(set(expected)))
+    guessing = 1 / choices
     if guessing > commonest:
-        words = f"guessing among {len(labels)} labels ({percent(guessing)})"
+        words = f"guessing among {choices} labels ({percent(guessing)})"
         return Chance(guessing, words, guessing)
     words = f"always answering the commonest label ({percent(commonest)})"
     return Chance(commonest, words, guessing)
