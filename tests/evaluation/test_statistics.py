@@ -124,6 +124,13 @@ def test_no_hit_at_all_is_not_plus_or_minus_nothing():
     assert 0.01 < found.high < 0.015
 
 
+@pytest.mark.parametrize("value", [0.1, 0.3, 1.0])
+def test_equal_scores_are_not_taken_for_certainty(value):
+    found = statistics.mean_score(np.full((3, 300), value), np.arange(300))
+    assert found.mean == pytest.approx(value)
+    assert found.high - found.low > 0.01
+
+
 @given(
     st.lists(st.floats(0, 1), min_size=2, max_size=30),
     st.lists(st.integers(0, 5), min_size=30, max_size=30),
