@@ -12,7 +12,8 @@ NAME is one of
   possible_answer/. Request and function schemas to one call as JSON; where several values are
   accepted, the first counts, and optional arguments that may be left out are.
 - lamini_docs: SOURCE is lamini_docs.jsonl or .jsonl.gz. Questions lose their
-  '### Question: ... ### Answer:' frame; rows without a question or an answer are left out and counted.
+  '### Question: ... ### Answer:' frame; rows without a question or an answer are left out and
+  counted.
 """
 
 from __future__ import annotations

@@ -52,19 +52,31 @@ def read_rows(path: Path) -> Iterator[Row]:
     """
     suffix = _check(path)
     empty = True
-    with _open(path) as handle:
+    with _open(path) as handle, _file_errors(path):
         try:
             for row in _reader(path, suffix, handle):
                 empty = False
                 yield row
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise _corrupt(path, f"is no complete gzip file ({error})") from None
-        except OSError as error:
-            raise DataError(
-                str(path), f"cannot be read ({error})", "check the file and its disk"
-            ) from None
+        except DataError:
+            # Damage inside a compressed file shows as broken rows first: its check sum decides.
+            while path.suffix.lower() in _COMPRESSIONS and handle.read(1 << 20):
+                pass
+            raise
     if empty:
         raise DataError(str(path), "holds no rows", "give a file with at least one example")
+
+
+@contextmanager
+def _file_errors(path: Path) -> Iterator[None]:
+    """Errors of decompression and of the disk, as errors about the file."""
+    try:
+        yield
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise _corrupt(path, f"is no complete gzip file ({error})") from None
+    except OSError as error:
+        raise DataError(
+            str(path), f"cannot be read ({error})", "check the file and its disk"
+        ) from None
 
 
 def _corrupt(path: Path, cause: str) -> DataError:

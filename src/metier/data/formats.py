@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from metier.data.files import Row
+from metier.data.files import MAX_ROW, Row
 from metier.errors import DataError
 from metier.records import Message
 from metier.task import Columns, Format
@@ -188,6 +188,10 @@ def text_of(value: Any, place: str, column: str) -> str:
         raise DataError(place, f"column '{column}' holds bytes", "store it as text")
     else:
         text = _json_text(value, place, column)
+    if len(text) > MAX_ROW:
+        raise DataError(
+            place, f"column '{column}' has {len(text):,} characters", "split the row into several"
+        )
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -230,8 +234,18 @@ def _chat(row: Row, layout: Layout, answers: bool) -> tuple[Message, ...]:
         messages.append({"role": "assistant", "content": ""})
     _check_order(messages, row.place, column)
     if answers:
-        _refuse_empty(messages[-1].get("content") or "", row.place, column, "last answer")
+        _check_answer(messages[-1], row.place, column)
     return tuple(messages)
+
+
+def _check_answer(message: Message, place: str, column: str) -> None:
+    if message.get("weight") == 0:
+        raise DataError(
+            place,
+            f"column '{column}': the last answer has weight 0, so nothing would be trained",
+            "drop the row, or end the conversation with the answer to learn",
+        )
+    _refuse_empty(message.get("content") or "", place, column, "last answer")
 
 
 def _fields(turn: Any, place: str, field: str) -> dict[str, Any]:

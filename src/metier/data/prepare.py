@@ -115,8 +115,7 @@ class _Join:
         """For each set, the index of the first set of its cluster."""
         labels = np.arange(len(self._sizes))
         for row in range(len(self._sizes)):
-            candidates = self._candidates(row)
-            candidates = candidates[labels[candidates] != labels[row]]
+            candidates = self._candidates(row, labels)
             if len(candidates) == 0:
                 continue
             slices = np.array_split(candidates, -(-len(candidates) // _SLICE))
@@ -130,16 +129,23 @@ class _Join:
     def _row(self, row: int, length: int) -> npt.NDArray[np.int64]:
         return self._tokens[self._starts[row] : self._starts[row] + length]
 
-    def _candidates(self, row: int) -> npt.NDArray[np.int64]:
-        """Rows not larger than this one that share one of the rarest tokens of both."""
+    def _candidates(self, row: int, labels: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Rows not larger than this one, of other clusters, that may be similar to it.
+
+        Two rows share at most the tokens common to both prefixes and what lies behind one prefix;
+        similar rows share at least t / (1 + t) of their sizes together.
+        """
         prefix = self._row(row, self._prefixes[row])
         _, at = _ranges(self._postings[prefix], self._postings[prefix + 1] - self._postings[prefix])
-        found = np.unique(self._owners[at])
-        size = self._sizes[row]
-        smaller = self._sizes[found] < size
-        equal = (self._sizes[found] == size) & (found < row)
-        near = self._sizes[found] >= self._threshold * size - 1e-9
-        chosen: npt.NDArray[np.int64] = found[near & (smaller | equal)]
+        shared = np.bincount(self._owners[at], minlength=len(self._sizes))
+        found = np.flatnonzero(shared)
+        found = found[labels[found] != labels[row]]
+        size, sizes = self._sizes[row], self._sizes[found]
+        behind = np.maximum(size - self._prefixes[row], sizes - self._prefixes[found])
+        needed = self._threshold / (1 + self._threshold) * (size + sizes) - 1e-9
+        near = (sizes >= self._threshold * size - 1e-9) & (shared[found] + behind >= needed)
+        smaller = (sizes < size) | ((sizes == size) & (found < row))
+        chosen: npt.NDArray[np.int64] = found[near & smaller]
         return chosen
 
     def _similar(self, row: int, candidates: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 from metier.data.files import Row, read_rows
@@ -45,12 +46,12 @@ def read_examples(
     path = base_dir / file
     layout: Layout | None = None
     shape = ""
-    seen: dict[str, str] = {}
+    ids = _Ids()
     examples = []
     for row in read_rows(path):
         layout = layout or find_layout(row, format, columns, answers)
         shape = _same_shape(row, layout, shape)
-        examples.append(_example(row, layout, columns, kind, answers, seen))
+        examples.append(_example(row, layout, columns, kind, answers, ids))
     return examples
 
 
@@ -72,7 +73,7 @@ def _same_shape(row: Row, layout: Layout, shape: str) -> str:
 
 
 def _example(
-    row: Row, layout: Layout, columns: Columns, kind: Kind, answers: bool, seen: dict[str, str]
+    row: Row, layout: Layout, columns: Columns, kind: Kind, answers: bool, ids: _Ids
 ) -> Example:
     messages = messages_of(row, layout, answers)
     if kind == "classification":
@@ -82,7 +83,7 @@ def _example(
     time = _cell(row, columns.time)
     content = fingerprint([messages, tools, group, time])[:16]
     return Example(
-        id=_identity(row, columns.id, content, seen),
+        id=ids.of(row, columns.id, content),
         messages=messages,
         group=group or input_hash(messages),
         source=row.place,
@@ -123,21 +124,28 @@ def _cell(row: Row, column: str | None) -> str:
     return text
 
 
-def _identity(row: Row, column: str | None, content: str, seen: dict[str, str]) -> str:
-    """The user's own id, else the content's hash, with -2, -3 for rows that are identical."""
-    name = _cell(row, column)
-    if name and name in seen:
-        raise DataError(
-            row.place,
-            f"column '{column}': the id '{name}' stands at {seen[name]} too",
-            "give every row an id of its own, or do not name the column",
-        )
-    name, copy = name or content, 1
-    while name in seen:
-        copy += 1
-        name = f"{content}-{copy}"
-    seen[name] = row.place
-    return name
+class _Ids:
+    """Gives every row of a file an id of its own."""
+
+    def __init__(self) -> None:
+        self._places: dict[str, str] = {}
+        self._copies: Counter[str] = Counter()
+
+    def of(self, row: Row, column: str | None, content: str) -> str:
+        """The user's own id, else the content's hash, with -2, -3 for rows that are identical."""
+        if column is None:
+            self._copies[content] += 1
+            copies = self._copies[content]
+            return content if copies == 1 else f"{content}-{copies}"
+        name = _cell(row, column)
+        if name in self._places:
+            raise DataError(
+                row.place,
+                f"column '{column}': the id '{name}' stands at {self._places[name]} too",
+                "give every row an id of its own, or do not name the column",
+            )
+        self._places[name] = row.place
+        return name
 
 
 def input_hash(messages: tuple[Message, ...]) -> str:

@@ -258,23 +258,29 @@ class _Repair:
             wanted = [name for name in order if name in open_parts][: len(units)]
             for name in wanted:
                 if all(self.where(unit) != name for unit in units):
-                    self._move(name, units, wanted, holders)
+                    self._move(label, name, wanted, holders, open_parts)
 
     def _move(
-        self, to: Part, units: list[str], wanted: list[Part], holders: Mapping[str, list[str]]
+        self,
+        label: str,
+        to: Part,
+        wanted: Sequence[Part],
+        holders: Mapping[str, Sequence[str]],
+        open_parts: Sequence[Part],
     ) -> None:
-        for source in sorted(PARTS, key=lambda name: (name in wanted, PARTS.index(name))):
-            here = [unit for unit in units if self.where(unit) == source]
-            if len(here) < 2 and source in wanted:
+        """Move one unit with a label from where it is least missed; none, where all are needed."""
+        for source in sorted(open_parts, key=lambda name: (name in wanted, PARTS.index(name))):
+            here = [unit for unit in holders[label] if self.where(unit) == source]
+            if source in wanted and len(here) < 2:
                 continue
             for unit in here:
-                if all(self._spared(unit, label, holders) for label in self.labels[unit]):
+                if all(self._spared(unit, other, holders) for other in self.labels[unit] - {label}):
                     for row in self.rows[unit]:
                         self.part[row.id] = to
                     self.moved += 1
                     return
 
-    def _spared(self, unit: str, label: str, holders: Mapping[str, list[str]]) -> bool:
+    def _spared(self, unit: str, label: str, holders: Mapping[str, Sequence[str]]) -> bool:
         """Whether the part of a unit keeps a label when the unit leaves it."""
         others = [other for other in holders[label] if other != unit]
         return not others or any(self.where(other) == self.where(unit) for other in others)
@@ -335,7 +341,7 @@ def _refuse_unusable(
     for name, rows in parts.items():
         if len(rows) >= _SMALLEST[name]:
             continue
-        needed = math.ceil(_SMALLEST[name] / shares[name])
+        needed = 2 * math.ceil(_SMALLEST[name] / shares[name])  # parts vary by chance
         remedy = (
             f"give about {needed} independent examples in all"
             if name in open_parts
