@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import secrets
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -23,8 +24,9 @@ if TYPE_CHECKING:
 After = Literal["start", "control", "text"]
 """What stands before a stretch of text: nothing, a control token, or other text."""
 
-# Stands for "a control token was here" when a stretch of text is encoded; in no real text.
-_SENTINEL = "\U0010fffd\ufdd0\U0010fffd"
+# Stands for "a control token was here" when a stretch of text is encoded. Drawn anew by each
+# process, so that no text can hold it; its id never leaves this module.
+_SENTINEL = f"\ufdd0{secrets.token_hex(16)}\ufdd0"
 
 
 class Tokenizer:
@@ -62,8 +64,8 @@ class Tokenizer:
         # The unknown token is what unknown characters honestly become.
         self._control_ids = frozenset(self.control_tokens.values()) - {backend.unk_token_id}
         self._plain, self._sentinel = _without_control(backend, self.control_tokens, name)
-        self._newline = self.encode("\n")
-        self._marks_start = self.encode("\na") != self._newline + self.encode("a")
+        self._newline = self._raw("\n")
+        self._marks_start = self._raw("\na") != self._newline + self._raw("a")
         self.vocab_size: int = max(backend.get_vocab().values()) + 1
 
     @classmethod
