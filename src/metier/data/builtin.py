@@ -176,10 +176,16 @@ def _extract() -> list[Example]:
                     answer = json.dumps(asdict(truth), separators=(",", ":"), ensure_ascii=False)
                     rows.append((item, f"{signature(item.node)}\n{text}", answer))
     rows = _smallest(_unambiguous(rows), _PER_CLASS, lambda row: row[0].top)
-    raising = [row for row in rows if '"raises":[]' not in row[2]]
-    others = [row for row in rows if '"raises":[]' in row[2]]
-    chosen = [*raising, *_smallest(others, _CONTRACTS - len(raising), lambda _: "")]
-    return _examples(sorted(chosen, key=lambda row: (row[0].module, row[0].name, row[1])))
+    rich = [row for row in rows if _is_rich(row[2])]
+    poor = [row for row in rows if not _is_rich(row[2])]
+    rows = [*rich, *_smallest(poor, max(0, _CONTRACTS - len(rich)), lambda _: "")]
+    return _examples(sorted(rows, key=lambda row: (row[0].module, row[0].name, row[1])))
+
+
+def _is_rich(answer: str) -> bool:
+    """Whether there is more to find than one parameter."""
+    truth = json.loads(answer)
+    return len(truth["parameters"]) > 1 or bool(truth["defaults"]) or bool(truth["raises"])
 
 
 def _tells(text: str, truth: Contract) -> bool:
