@@ -151,7 +151,7 @@ class Engine:
         if piece := pieces.finish():
             yield piece
         return Completion(
-            pieces.text().strip(),
+            pieces.text(),
             len(prompt),
             pieces.count + (finished and not pieces.stopped),
             finished,

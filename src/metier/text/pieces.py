@@ -11,7 +11,8 @@ class Pieces:
     """Turns one answer's ids into text pieces whose concatenation is the stripped answer.
 
     A piece never ends in half a character. Trailing white space, and text that may turn out to
-    be the start of a stop string, is held back until more is known.
+    be the start of a stop string, is held back until more is known. White space before the answer
+    is dropped before stop strings are looked for.
 
     Attributes:
         stopped: a stop string was found; it and what follows it are not part of the text.
@@ -43,20 +44,18 @@ class Pieces:
 
     def text(self) -> str:
         """The whole stripped answer so far, without a stop string."""
-        text = self._tokenizer.decode(self._ids)
+        text = self._tokenizer.decode(self._ids).lstrip()
         ends = [text.find(stop) for stop in self._stop if stop in text]
         self.stopped = bool(ends)
-        return text[: min(ends)].strip() if ends else text.lstrip()
+        return text[: min(ends, default=len(text))].rstrip()
 
     def _certain(self, text: str) -> int:
         """Length of the text that later ids cannot change."""
         text = text.rstrip("\ufffd")
         held = 0
         for stop in self._stop:
-            for length in range(min(len(stop) - 1, len(text)), held, -1):
-                if text.endswith(stop[:length]):
-                    held = length
-                    break
+            lengths = range(min(len(stop) - 1, len(text)), 0, -1)
+            held = max(held, next((n for n in lengths if text.endswith(stop[:n])), 0))
         return len(text[: len(text) - held].rstrip())
 
     def _show(self, text: str, end: int) -> str:
