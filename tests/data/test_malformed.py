@@ -88,7 +88,7 @@ CASES = {
         "a.jsonl", GOOD + b'{"text": "' + b"a" * MAX_ROW, 2, "longer than 10,000,000"
     ),
     "cell too long": Case(
-        "a.csv", b'text,label\n"' + b"a\n" * (MAX_ROW // 2 + 9), 2, "longer than 10,000,000"
+        "a.csv", b'text,label\n"' + (b"a" * 999 + b"\n") * 10_001, 2, "longer than 10,000,000"
     ),
     # Names and containers.
     "unknown extension": Case("a.xlsx", b"x", 0, "unknown extension"),

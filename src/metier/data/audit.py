@@ -15,8 +15,8 @@ from metier.task import Kind
 _SHOWN = 5
 _EMPTY_WORDS = {"", "-", "--", "?", ".", "n/a", "na", "nan", "none", "null", "nil", "todo", "tbd"}
 _EMAIL = re.compile(r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+")
-_PHONE = re.compile(r"(?<![\w.-])\+?(?:\(\d{1,4}\)|\d{1,4})(?:[ -]+\d{2,8}){1,5}(?![\w.-])")
-_CARD = re.compile(r"(?<![\w.-])[3-6]\d{3}(?:[ -]?\d{2,7}){2,4}(?![\w.-])")
+_PHONE = re.compile(r"(?<![\w.-])\+?(?:\(\d{1,4}\)|\d{1,4})(?:[ -]+\d{2,8}){1,5}(?![\w-]|\.\d)")
+_CARD = re.compile(r"(?<![\w.-])[3-6]\d{3}(?:[ -]?\d{2,7}){2,4}(?![\w-]|\.\d)")
 
 
 class Lengths(Config):
