@@ -56,6 +56,8 @@ def add_lora(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
 def save_adapter(model: PeftModel, directory: Path, base: Base) -> None:
     """Write an adapter in plain PEFT format, and beside it which base it belongs to."""
     directory.mkdir(parents=True, exist_ok=True)
+    # Not the directory it lay in: that is a matter of this machine.
+    model.peft_config["default"].base_model_name_or_path = base.name
     model.save_pretrained(str(directory), safe_serialization=True, save_embedding_layers=False)
     record = {"base": base.name, "base_hash": base.hash}
     write_atomic(directory / _RECORD, json.dumps(record, indent=1))
@@ -74,14 +76,19 @@ def load_adapter(base: Base, directory: Path) -> PeftModel:
     _check_base(base, directory)
     config = _read_config(directory)
     weights = _read_weights(directory)
-    model: PeftModel = get_peft_model(base.model, config)
+    try:
+        model: PeftModel = get_peft_model(base.model, config)
+    except (TypeError, ValueError) as error:
+        raise _misfit(directory, str(error)) from None
     try:
         result: Any = set_peft_model_state_dict(model, weights)
+        missing = [key for key in result.missing_keys if "lora_" in key]
+        wrong = [f"tensor {key}" for key in missing + result.unexpected_keys]
     except RuntimeError as error:
-        raise _misfit(directory, str(error).splitlines()[-1].strip()) from None
-    missing = [key for key in result.missing_keys if "lora_" in key]
-    if missing or result.unexpected_keys:
-        raise _misfit(directory, f"tensor {(missing + result.unexpected_keys)[0]}")
+        wrong = [str(error).splitlines()[-1].strip()]
+    if wrong:
+        model.unload()
+        raise _misfit(directory, wrong[0])
     return model.eval()
 
 
@@ -120,6 +127,8 @@ def _read_config(directory: Path) -> LoraConfig:
         raise ModelError(
             str(file), f"is of kind {values.get('peft_type')!r}", "only LORA adapters are known"
         )
+    if not values.get("target_modules"):
+        raise ModelError(str(file), "names no target_modules", "train or fetch the adapter again")
     fields = ("r", "lora_alpha", "lora_dropout", "target_modules", "bias", "use_rslora")
     return LoraConfig(
         task_type="CAUSAL_LM",

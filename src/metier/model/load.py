@@ -153,13 +153,13 @@ def _weight_files(path: Path) -> list[Path]:
 
 
 def _shards(index: Path) -> list[str]:
-    names = sorted(set(_json(index).get("weight_map", {}).values()))
-    for name in names:
+    places = _json(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise ModelError(str(index), "names no weight files", "download the base again")
+    for name in places.values():
         if not isinstance(name, str) or Path(name).name != name:
             raise ModelError(str(index), f"names the file {name!r}", "download the base again")
-    if not names:
-        raise ModelError(str(index), "names no weight files", "download the base again")
-    return names
+    return sorted(set(places.values()))
 
 
 def _check_safetensors(file: Path) -> None:
