@@ -97,7 +97,10 @@ def test_refusals_name_the_field(fields, param, code):
         ({"max_tokens": 3, "max_completion_tokens": 4}, "disagree"),
         ({"messages": [{"role": "user", "content": "x" * (MAX_CHARACTERS + 1)}]}, "characters"),
         ({"messages": [USER] * (MAX_MESSAGES + 1)}, "at most"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "text"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "type text"),
+        ({"messages": [{"role": "user", "content": [{"type": "x", "text": "a"}]}]}, "type text"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": 1}]}]}, "type text"),
+        ({"messages": [{"role": "user", "content": ["a"]}]}, "type text"),
     ],
 )
 def test_refusals_say_what_is_wrong(fields, words):

@@ -99,10 +99,16 @@ def _joined(content: object) -> object:
     """The text of a content given in parts."""
     if not isinstance(content, list):
         return content
-    texts = [part.get("text") for part in content if isinstance(part, dict)]
-    if len(texts) < len(content) or not all(isinstance(text, str) for text in texts):
+    texts = [part["text"] for part in content if _is_text(part)]
+    if len(texts) < len(content):
         raise ValueError("only parts of type text are supported")
     return "".join(texts)
+
+
+def _is_text(part: object) -> bool:
+    return (
+        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+    )
 
 
 class _WireMessage(BaseModel):
