@@ -1,0 +1,272 @@
+"""A proposed task.yaml loads, says what it guessed, and leads to a split."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from metier.data.propose import propose
+from metier.data.split import read_parts
+from metier.errors import DataError
+from metier.task import Task
+
+ROOT = Path(__file__).resolve().parents[2]
+WORDS = [a + b + c for a in "bdfgklmnprst" for b in "aeiou" for c in "lnrs"]
+
+
+def sentences(count: int, words: int = 8) -> list[str]:
+    source = random.Random(count)
+    return [" ".join(source.choices(WORDS, k=words)) for _ in range(count)]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("\n".join(json.dumps(row) for row in rows), "utf-8")
+    return path
+
+
+def load(path: Path, text: str) -> Task:
+    """The task as `metier run` would load it, and a check that it round-trips."""
+    file = path.with_name("task.yaml")
+    file.write_text(text, "utf-8")
+    task = Task.load(file)
+    file.write_text(task.to_yaml(), "utf-8")
+    assert Task.load(file) == task
+    return task
+
+
+def proposal(path: Path, rows: list[dict[str, Any]]) -> tuple[Task, str]:
+    text = propose(write(path, rows), path.name)
+    return load(path, text), text
+
+
+def test_few_short_outputs_are_a_classification(tmp_path: Path) -> None:
+    labels = ["yes", "no", "1", "null", "a: b", "#x", "über"]
+    rows = [{"text": s, "label": labels[i % 7]} for i, s in enumerate(sentences(300))]
+    task, text = proposal(tmp_path / "My File (2).jsonl", rows)
+    assert (task.name, task.kind, task.grader) == ("my-file-2", "classification", "exact")
+    assert set(task.labels) == set(labels)
+    assert task.data.format == "text-label"
+    assert (task.data.columns.input, task.data.columns.output) == ("text", "label")
+    assert "# There are only 7 different outputs, all short." in text
+    assert read_parts(task, tmp_path).test
+
+
+def test_rare_labels_are_named_in_a_comment(tmp_path: Path) -> None:
+    rows = [{"text": s, "label": "ab"[i % 2]} for i, s in enumerate(sentences(300))]
+    rows[7]["label"] = "seldom"
+    _, text = proposal(tmp_path / "a.jsonl", rows)
+    assert '# Fewer than 10 rows: ["seldom"].' in text
+
+
+def test_json_outputs_are_an_extraction(tmp_path: Path) -> None:
+    rows = [{"id": i, "text": s, "fields": {"n": i % 3}} for i, s in enumerate(sentences(300))]
+    task, text = proposal(tmp_path / "a.jsonl", rows)
+    assert (task.kind, task.grader) == ("extraction", "fields")
+    assert task.data.columns.id == "id"
+    assert "# Every output is JSON." in text
+
+
+def test_spans_of_the_input_are_an_extraction(tmp_path: Path) -> None:
+    rows = [{"question": s, "answer": " ".join(s.split()[2:4])} for s in sentences(300)]
+    task, text = proposal(tmp_path / "a.jsonl", rows)
+    assert (task.kind, task.grader) == ("extraction", "token_f1")
+    assert "100% of the outputs stand word for word in their input" in text
+
+
+def test_free_text_is_an_expansion(tmp_path: Path) -> None:
+    rows = [{"prompt": s, "completion": o} for s, o in zip(sentences(300), sentences(300, 9), strict=True)]  # fmt: skip  # noqa: E501
+    task, _ = proposal(tmp_path / "a.jsonl", rows)
+    assert (task.kind, task.grader) == ("expansion", "rouge_l")
+
+
+LAYOUTS = {
+    "messages": '{"messages": [{"role":"user","content":Q}, {"role":"assistant","content":A}]}',
+    "sharegpt": '{"conversations": [{"from": "human", "value": Q}, {"from": "gpt", "value": A}]}',
+    "alpaca": '{"instruction": Q, "input": "", "output": A}',
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_chats_and_alpaca_need_no_columns(tmp_path: Path, name: str) -> None:
+    rows = [
+        json.loads(LAYOUTS[name].replace("Q", json.dumps(s)).replace("A", json.dumps(s[::-1])))
+        for s in sentences(250)
+    ]
+    task, _ = proposal(tmp_path / "a.jsonl", rows)
+    assert task.data.format == name
+    assert task.data.columns.input is None
+    assert len(read_parts(task, tmp_path).train) > 100
+
+
+def test_unknown_columns_are_guessed_and_marked(tmp_path: Path) -> None:
+    rows = [{"mr": s, "ref": s[::-1]} for s in sentences(250)]
+    task, text = proposal(tmp_path / "a.jsonl", rows)
+    assert (task.data.columns.input, task.data.columns.output) == ("mr", "ref")
+    assert "GUESS, please check: 'mr' is the input, 'ref' the output." in text
+    wide = [
+        {"id": i, "body": s, "note": "", "team": "xy"[i % 2]} for i, s in enumerate(sentences(250))
+    ]
+    task, text = proposal(tmp_path / "b.jsonl", wide)
+    assert (task.data.columns.input, task.data.columns.output) == ("body", "team")
+    assert "# Not used: note." in text
+
+
+def test_columns_that_cannot_be_guessed_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [{"id": 1, "question": [["q"]], "function": [{}]}])
+    with pytest.raises(DataError, match="no known format"):
+        propose(path)
+
+
+def test_small_data_is_warned_of(tmp_path: Path) -> None:
+    rows = [{"prompt": s, "completion": s[::-1]} for s in sentences(60)]
+    task, text = proposal(tmp_path / "a.jsonl", rows)
+    assert "# SMALL: 60 rows." in text
+    assert task.margin == 0.05
+    assert task.split.test == 0.3
+
+
+def test_large_data_is_capped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"prompt": s, "completion": s[::-1]} for s in sentences(300)]
+    assert proposal(tmp_path / "a.jsonl", rows)[0].split.max_train is None
+    monkeypatch.setattr("metier.data.propose._MANY", 299)
+    assert proposal(tmp_path / "a.jsonl", rows)[0].split.max_train == 20_000
+
+
+def test_templated_inputs_count_only_equal_ones(tmp_path: Path) -> None:
+    rows = [{"prompt": f"name[{w}], food[Italian], area[riverside], price[cheap], near[the river]",
+             "completion": f"{w} is here"} for w in WORDS[:120]]  # fmt: skip
+    rows += [{"prompt": "another one", "completion": "x"}, {"prompt": "a third", "completion": "y"}]
+    task, text = proposal(tmp_path / "a.jsonl", rows)
+    assert task.split.near_duplicate == 1.0
+    assert "as if" in text
+
+
+def test_inputs_with_a_frame_get_the_plain_template(tmp_path: Path) -> None:
+    rows = [{"question": f"### Question:\n{s}\n\n### Answer:", "answer": s} for s in sentences(250)]
+    assert proposal(tmp_path / "a.jsonl", rows)[0].template == "plain"
+
+
+def test_long_rows_may_be_left_out(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": s * (100 if i == 3 else 1), "completion": s}
+        for i, s in enumerate(sentences(250))
+    ]
+    task, text = proposal(tmp_path / "a.jsonl", rows)
+    assert task.training.too_long == "drop"
+    assert "# 1 rows have more than 2,500 characters" in text
+
+
+def test_groups_and_official_parts_are_found(tmp_path: Path) -> None:
+    folder = tmp_path / "Support Desk"
+    folder.mkdir()
+    rows = [
+        {"text": s, "label": "ab"[i % 2], "user_id": f"u{i // 5}"}
+        for i, s in enumerate(sentences(300))
+    ]
+    write(folder / "test.jsonl", rows[:100])
+    write(folder / "dev.jsonl", rows[100:150])
+    task, text = proposal(folder / "train.jsonl", rows[150:])
+    assert task.name == "support-desk"
+    assert (task.data.train, task.data.validation, task.data.test) == (
+        "train.jsonl", "dev.jsonl", "test.jsonl",
+    )  # fmt: skip
+    assert task.data.columns.group == "user_id"
+    assert "test rows can prove" not in text
+    parts = read_parts(task, folder)
+    assert len(parts.test) == 100
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    name=st.text(min_size=1, max_size=30).filter(lambda n: "/" not in n and "\0" not in n),
+    pairs=st.lists(
+        st.tuples(
+            *[st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))] * 2
+        ),
+        min_size=1,
+        max_size=8,
+    ),
+)
+def test_any_readable_file_gives_a_task_that_loads(
+    tmp_path_factory: pytest.TempPathFactory, name: str, pairs: list[tuple[str, str]]
+) -> None:
+    rows = [{"text": a, "label": b} for a, b in pairs if a.strip() and b.strip()]
+    folder = tmp_path_factory.mktemp("any")
+    try:
+        path = folder / f"{name}.jsonl"
+        path.write_bytes(b"")
+    except (OSError, UnicodeEncodeError):
+        return
+    if rows:
+        task, _ = proposal(path, rows)
+        assert task.data.file == path.name
+
+
+@pytest.mark.parametrize(
+    ("file", "kind"),
+    [
+        ("banking77/train.csv", "classification"),
+        ("sroie/receipts.jsonl", "extraction"),
+        ("e2e_nlg/devset.csv", "expansion"),
+        ("llamafactory_demo/alpaca_en_demo.json", "expansion"),
+    ],
+)
+def test_real_files_get_the_right_kind(
+    data_dir: Path, tmp_path: Path, file: str, kind: str
+) -> None:
+    task = load(tmp_path / "x", propose(data_dir / file))
+    assert task.kind == kind
+    if kind == "classification":
+        assert len(task.labels) == 77
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "file", "rows"),
+    [
+        ("snips", "snips", "train.jsonl", 2100),
+        ("bfcl", "bfcl", "bfcl.jsonl", 858),
+        ("lamini_docs", "lamini_docs/lamini_docs.jsonl.gz", "lamini_docs.jsonl", 1394),
+    ],
+)
+def test_prepared_sets_lead_to_a_split(
+    data_dir: Path, tmp_path: Path, name: str, source: str, file: str, rows: int
+) -> None:
+    script = [sys.executable, str(ROOT / "examples" / "prepare.py"), name]
+    subprocess.run(
+        [*script, str(data_dir / source), str(tmp_path)], check=True, capture_output=True
+    )
+    path = tmp_path / file
+    assert len(path.read_text("utf-8").splitlines()) == rows
+    task = load(path, propose(path, file))
+    assert task.kind == ("expansion" if name == "lamini_docs" else "extraction")
+    parts = read_parts(task, tmp_path)
+    assert len(parts.train) > 0.6 * rows
+    if name == "snips":
+        first = json.loads(path.read_text("utf-8").splitlines()[0])
+        assert first["output"] == {
+            "intent": "AddToPlaylist",
+            "slots": {
+                "entity_name": "Stani, stani Ibar vodo",
+                "playlist_owner": "my",
+                "playlist": "música libre",
+            },
+        }
+        assert len(parts.test) == 700
+    if name == "bfcl":
+        assert json.loads(parts.train[0].answer).keys() == {"name", "arguments"}
+
+
+def test_prepare_refuses_a_folder_without_the_set(tmp_path: Path) -> None:
+    script = [sys.executable, str(ROOT / "examples" / "prepare.py"), "snips"]
+    done = subprocess.run([*script, str(tmp_path), str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "holds no files train_*.json" in done.stderr
+    assert "Traceback" not in done.stderr
