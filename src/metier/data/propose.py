@@ -296,7 +296,7 @@ def _split(examples: Sequence[Example]) -> tuple[dict[str, Any], list[str]]:
     if near > distinct / 2:
         split["near_duplicate"] = 1.0
         comments += [
-            f"{near:,} of {distinct:,} different inputs are near-duplicates of others at 0.8, as if",
+            f"{near:,} of {distinct:,} different inputs are near-duplicates at 0.8, as if",
             "made from a template: so only equal inputs count as the same case.",
         ]
     elif near > distinct / 5:
