@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
 from scipy import optimize, stats
 
@@ -223,6 +224,8 @@ def main_scenarios() -> Iterable[Scenario]:
 def other_scenarios() -> Iterable[Scenario]:
     """Harder kinds of task, and the controls."""
     yield Scenario("one tuned arm of three at margin + 10 points", Setting((0.12, 0.02, 0.02)))
+    steady = replace(ABOVE, churn=0.1)
+    yield Scenario("seeds nearly alike, gain = margin + 10 points", steady)
     yield Scenario("one simpler arm", ONE_SIMPLER, NOT_MORE)
     yield Scenario("three simpler arms 7 points behind", UNEQUAL, NOT_MORE)
     spread = replace(AT_MARGIN, behind=(0.0, 0.05, 0.1, 0.15))
@@ -280,7 +283,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     result = {
         "command": f"python benchmarks/calibration.py --tasks {chosen.tasks}",
         "seconds": round(time.monotonic() - start),
-        "versions": versions(),
+        "versions": versions() | {"numpy": np.__version__, "scipy": scipy.__version__},
         "rows": rows,
     }
     write_atomic(chosen.out, json.dumps(result, indent=1) + "\n")
