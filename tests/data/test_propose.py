@@ -43,7 +43,7 @@ def load(path: Path, text: str) -> Task:
 
 
 def proposal(path: Path, rows: list[dict[str, Any]]) -> tuple[Task, str]:
-    text = propose(write(path, rows), path.name)
+    text = propose(write(path, rows))
     return load(path, text), text
 
 
@@ -184,6 +184,20 @@ def test_groups_and_official_parts_are_found(tmp_path: Path) -> None:
     assert len(parts.test) == 100
 
 
+def test_the_file_is_named_from_where_the_task_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"prompt": s, "completion": s[::-1]} for s in sentences(60)]
+    (tmp_path / "data").mkdir()
+    path = write(tmp_path / "data" / "rows.jsonl", rows)
+    monkeypatch.chdir(tmp_path)
+    relative = Path("data/rows.jsonl")
+    assert load(path, propose(relative)).data.file == "rows.jsonl"
+    assert load(tmp_path / "x", propose(relative, Path())).data.file == "data/rows.jsonl"
+    elsewhere = load(tmp_path / "x", propose(relative, tmp_path / "tasks"))
+    assert elsewhere.data.file == str(path)
+
+
 @settings(deadline=None, max_examples=40)
 @given(
     name=st.text(min_size=1, max_size=30).filter(lambda n: "/" not in n and "\0" not in n),
@@ -245,7 +259,7 @@ def test_prepared_sets_lead_to_a_split(
     )
     path = tmp_path / file
     assert len(path.read_text("utf-8").splitlines()) == rows
-    task = load(path, propose(path, file))
+    task = load(path, propose(path))
     assert task.kind == ("expansion" if name == "lamini_docs" else "extraction")
     parts = read_parts(task, tmp_path)
     assert len(parts.train) > 0.6 * rows

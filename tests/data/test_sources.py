@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metier.data.sources import read_examples
+from metier.errors import DataError
 from metier.records import Example
 from metier.task import Columns, Kind
 
@@ -217,6 +218,14 @@ def test_requests_may_lack_answers(tmp_path: Path) -> None:
     rows = [{"text": "a"}, {"text": "b"}]
     examples = read(tmp_path, "rows.jsonl", as_jsonl(rows), answers=False)
     assert [(e.input, e.answer) for e in examples] == [("a", ""), ("b", "")]
+    named = Columns(input="text", output="label", id="key", group="who", time="when")
+    examples = read(tmp_path, "rows.jsonl", as_jsonl(rows), answers=False, columns=named)
+    assert [(e.input, e.answer) for e in examples] == [("a", ""), ("b", "")]
+    kept = read(tmp_path, "keys.jsonl", as_jsonl([{"text": "a", "key": "k"}]), answers=False,
+                columns=named)  # fmt: skip
+    assert kept[0].id == "k"
+    with pytest.raises(DataError, match="no column 'text'"):
+        read(tmp_path, "rows.jsonl", as_jsonl([{"test": "a"}]), answers=False, columns=named)
     chats = [{"messages": [{"role": "user", "content": "a"}]}]
     (example,) = read(tmp_path, "chats.jsonl", as_jsonl(chats), answers=False)
     assert example.prompt == ({"role": "user", "content": "a"},)

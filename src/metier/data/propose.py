@@ -50,13 +50,14 @@ _WORDING: dict[Kind, dict[str, str]] = {
 }
 
 
-def propose(path: Path, file: str | None = None) -> str:
+def propose(path: Path, task_dir: Path | None = None) -> str:
     """The text of a task.yaml for a data file, each guess explained in a comment.
 
     Args:
         path: the data file; where it is called ``train`` and ``test`` or ``validation`` files of
             the same type stand beside it, they become the official parts.
-        file: how task.yaml names the file; by default as `path`.
+        task_dir: the directory task.yaml will stand in, by default that of the file; a file
+            inside it is named relative to it.
 
     Raises:
         DataError: the file cannot be read, or its columns cannot be guessed.
@@ -70,7 +71,7 @@ def propose(path: Path, file: str | None = None) -> str:
     text = _Text()
     text.add("name", _name(path), "From the file's name.")
     text.add("kind", kind, reason)
-    parts = _official_parts(path, file or str(path))
+    parts = _official_parts(path, _file_name(path, task_dir or path.parent))
     text.add("data", {**parts, **_data(layout, columns)}, *_about_data(rows, layout, columns, sure))
     _add_words(text, kind, examples)
     _add_arms(text, kind, examples)
@@ -146,6 +147,12 @@ def _is_pair(layout: Layout) -> bool:
 
 def _distinct(rows: Sequence[Row], column: str) -> int:
     return len({str(row.values.get(column)) for row in rows})
+
+
+def _file_name(path: Path, task_dir: Path) -> str:
+    file, directory = path.absolute(), task_dir.absolute()
+    inside = file.is_relative_to(directory)
+    return file.relative_to(directory).as_posix() if inside else str(file)
 
 
 def _official_parts(path: Path, file: str) -> dict[str, str]:

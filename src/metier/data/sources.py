@@ -33,7 +33,7 @@ def read_examples(
         format: how rows are laid out; ``auto`` finds it from the columns.
         columns: names of columns, where the format does not say them.
         answers: whether every row must have an expected output; false reads a file of
-            requests, whose missing answers become empty text.
+            requests, which may lack all columns but the input; missing answers are empty text.
 
     Raises:
         DataError: the file or a row cannot be used; the message names file, line and column.
@@ -49,10 +49,18 @@ def read_examples(
     ids = _Ids()
     examples = []
     for row in read_rows(path):
-        layout = layout or find_layout(row, format, columns, answers)
+        if layout is None:
+            columns = columns if answers else _present(columns, row)
+            layout = find_layout(row, format, columns, answers)
         shape = _same_shape(row, layout, shape)
         examples.append(_example(row, layout, columns, kind, answers, ids))
     return examples
+
+
+def _present(columns: Columns, row: Row) -> Columns:
+    """The columns a file of requests has; only its input is a must."""
+    named = columns.model_dump(exclude_none=True)
+    return Columns(**{k: name for k, name in named.items() if k == "input" or name in row.values})
 
 
 def _same_shape(row: Row, layout: Layout, shape: str) -> str:
