@@ -334,6 +334,19 @@ def test_parts_are_read_from_files(tmp_path_factory: pytest.TempPathFactory, see
     assert {row.input for row in read_parts(two, folder).test} == {r.input for r in made[80:]}
 
 
+def test_a_label_outside_the_closed_set_is_refused(tmp_path: Path) -> None:
+    import json
+
+    labels = ["yes", "no"] * 40 + ["Yes"]
+    lines = [json.dumps({"text": f"row {i}", "label": label}) for i, label in enumerate(labels)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines), "utf-8")
+    task = Task(name="t", kind="classification", data=Data(file="a.jsonl"), labels=("yes", "no"))
+    with pytest.raises(DataError, match="label 'Yes' is not among") as caught:
+        read_parts(task, tmp_path)
+    assert caught.value.place.endswith("a.jsonl:81")
+    assert "is it 'yes'?" in caught.value.remedy
+
+
 def test_banking77_split_has_all_labels_and_no_leak(data_dir: Path) -> None:
     task = Task(
         name="b", kind="classification", data=Data(file="banking77/train.csv"),

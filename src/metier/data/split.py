@@ -13,6 +13,7 @@ Everything left out is counted under a reason code.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import math
 from collections import Counter, defaultdict
@@ -79,7 +80,10 @@ def read_parts(task: Task, base_dir: Path) -> Parts:
     data = task.data
 
     def read(file: str) -> list[Example]:
-        return read_examples(file, task.kind, base_dir, data.format, data.columns)
+        rows = read_examples(file, task.kind, base_dir, data.format, data.columns)
+        if task.kind == "classification" and task.labels:
+            _refuse_unlisted(rows, task.labels)
+        return rows
 
     if data.file:
         return split(read(data.file), task.split, task.kind)
@@ -90,6 +94,19 @@ def read_parts(task: Task, base_dir: Path) -> Parts:
         task.split,
         task.kind,
     )
+
+
+def _refuse_unlisted(rows: Sequence[Example], labels: Sequence[str]) -> None:
+    known = set(labels)
+    for row in rows:
+        if row.answer not in known:
+            close = difflib.get_close_matches(row.answer, labels, n=1)
+            hint = f" (is it '{close[0]}'?)" if close else ""
+            raise DataError(
+                row.source,
+                f"the label '{row.answer}' is not among the task's labels",
+                f"mend the row{hint}, or add it to 'labels' in task.yaml",
+            )
 
 
 def split(examples: Sequence[Example], config: SplitConfig, kind: Kind) -> Parts:
