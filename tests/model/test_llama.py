@@ -2,7 +2,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from metier.model.llama import LlamaForward, has_compiler
+from metier.model.adapters import add_lora
+from metier.model.backbone import hidden_states
+from metier.model.llama import LlamaForward, has_compiler, supports
+from metier.task import Lora
 
 
 def model(kv_heads: int) -> LlamaForCausalLM:
@@ -45,3 +48,38 @@ def test_the_compiled_layer_computes_the_same() -> None:
         plain = LlamaForward(net, torch.float32, compiled=False)(ids)
         compiled = LlamaForward(net, torch.float32, compiled=True)(ids)
     assert torch.allclose(plain, compiled, atol=1e-5)
+
+
+def test_an_adapter_computes_what_peft_computes() -> None:
+    adapted = add_lora(model(2), Lora(rank=3, alpha=5), seed=1)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    assert supports(adapted)
+    ids = torch.randint(0, 90, (2, 7))
+    expected = hidden_states(adapted, ids)
+    probe = torch.randn_like(expected)
+    (expected * probe).sum().backward()
+    gradients = {n: p.grad.clone() for n, p in adapted.named_parameters() if p.grad is not None}
+    adapted.zero_grad()
+
+    found = LlamaForward(adapted, torch.float32)(ids)
+    (found * probe).sum().backward()
+    assert torch.allclose(found, expected, atol=5e-6)
+    assert any("lora_A" in name for name in gradients)
+    for name, parameter in adapted.named_parameters():
+        if name in gradients:
+            assert torch.allclose(parameter.grad, gradients[name], atol=1e-4, rtol=1e-4), name
+        else:
+            assert parameter.grad is None, name
+
+
+def test_what_it_cannot_compute_is_not_supported() -> None:
+    assert supports(model(2))
+    assert not supports(add_lora(model(2), Lora(dropout=0.1), seed=0))
+    scaled = model(2)
+    scaled.config.rope_parameters = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+    assert not supports(scaled)
+    biased = model(2)
+    biased.config.attention_bias = True
+    assert not supports(biased)

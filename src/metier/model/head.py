@@ -55,12 +55,17 @@ class Classifier(nn.Module):
             lengths: real tokens of each row, shape (rows,).
 
         """
-        hidden = hidden_states(self.model, ids).float()
-        real = torch.arange(ids.shape[1], device=ids.device)[None, :] < lengths[:, None]
+        return self.logits(hidden_states(self.model, ids), lengths)
+
+    def logits(self, hidden: Tensor, lengths: Tensor) -> Tensor:
+        """Logits from final hidden states, shape (rows, longest, hidden)."""
+        hidden = hidden.to(self.head.weight.dtype)
+        places = torch.arange(hidden.shape[1], device=hidden.device)
+        real = places[None, :] < lengths[:, None]
         mean = (hidden * real[:, :, None]).sum(1) / lengths[:, None]
-        last = hidden[torch.arange(len(ids), device=ids.device), lengths - 1]
-        logits: Tensor = self.head(torch.cat((mean, last), dim=-1))
-        return logits
+        last = hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]
+        found: Tensor = self.head(torch.cat((mean, last), dim=-1))
+        return found
 
 
 class HeadGenerator:

@@ -1,45 +1,54 @@
-"""The forward pass of Llama for training on a processor, over a Transformers model's own weights.
+"""The forward pass of Llama for training, over a Transformers or PEFT model's own weights.
 
-It computes what `LlamaModel` computes (Touvron et al. 2023, arXiv 2302.13971), but quicker:
-weights are read in the compute dtype once a layer, q, k and v are one product, attention is two
-plain matrix products (the backward of the fused CPU kernel is slow for short windows), and each
-layer is compiled where a compiler is at hand. Left out: key-value cache, padding, other families.
+It computes what `LlamaModel` computes (Touvron et al. 2023, arXiv 2302.13971), with or without
+LoRA (Hu et al. 2021, arXiv 2106.09685), but quicker on a processor: q, k and v are one product,
+and so are gate and up; the adapters of modules that read the same input share one product; and
+attention is two plain matrix products (the backward of the fused CPU kernel is slow for short
+windows). Padding must stand on the right, where causal attention never looks. Left out:
+key-value cache, dropout, biases, other families.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from metier.model.backbone import inner
+
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+Linear = tuple[Tensor, Tensor | None, Tensor | None, float]
+"""Weight, A and B of an adapter or None, and its scale."""
 
 
 class LlamaForward:
     """Hidden states of whole windows.
 
     Args:
-        model: a plain LlamaForCausalLM; its parameters receive the gradients.
-        dtype: compute dtype; norms and softmax are in float32.
-        compiled: compile each layer; by default where a C++ compiler is installed.
+        model: a LlamaForCausalLM for which `supports` holds; its parameters receive gradients.
+        dtype: compute dtype; norms and softmax are in float32 at least.
+        compiled: compile each layer for every new shape of input: worth it for windows of a few
+            fixed lengths.
 
     """
 
     def __init__(
-        self, model: LlamaForCausalLM, dtype: torch.dtype, *, compiled: bool | None = None
+        self, model: PreTrainedModel | PeftModel, dtype: torch.dtype, *, compiled: bool = False
     ) -> None:
-        self._model = model.model
-        self._config = model.config
+        language_model = inner(model)
+        self._model = language_model.model
+        self._config = language_model.config
         self._dtype = dtype
         self._tables: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-        wanted = has_compiler() if compiled is None else compiled
         self._layer: Callable[..., Tensor] = (
-            torch.compile(_layer, dynamic=False) if wanted else _layer
+            torch.compile(_layer, dynamic=False) if compiled else _layer
         )
 
     def __call__(self, ids: Tensor) -> Tensor:
@@ -68,29 +77,63 @@ class LlamaForward:
         return self._tables[length]
 
 
+def supports(model: PreTrainedModel | PeftModel) -> bool:
+    """Whether `LlamaForward` computes exactly what this model computes."""
+    config = inner(model).config
+    rope = getattr(config, "rope_parameters", None) or {}
+    plain = (
+        config.model_type == "llama"
+        and rope.get("rope_type", "default") == "default"
+        and config.hidden_act == "silu"
+        and not (config.attention_bias or config.mlp_bias)
+    )
+    return plain and all(_is_plain_lora(module) for module in inner(model).model.modules())
+
+
+def _is_plain_lora(module: Any) -> bool:
+    """Whether a module is no adapter layer, or one with a single LoRA without extras."""
+    if not hasattr(module, "lora_A"):
+        return True
+    return (
+        list(module.lora_A) == ["default"]
+        and not module.merged
+        and not module.disable_adapters
+        and not getattr(module, "lora_variant", None)
+        and isinstance(module.lora_dropout["default"], torch.nn.Identity)
+        and module.lora_B["default"].bias is None
+    )
+
+
 def has_compiler() -> bool:
     """Whether torch.compile can build for a processor here."""
     return any(shutil.which(name) for name in ("g++", "c++", "clang++"))
 
 
-def _weights(layer: Any) -> tuple[Tensor, ...]:
+def _weights(layer: Any) -> tuple[Tensor | Linear, ...]:
     attention, mlp = layer.self_attn, layer.mlp
     return (
         layer.input_layernorm.weight,
-        attention.q_proj.weight,
-        attention.k_proj.weight,
-        attention.v_proj.weight,
-        attention.o_proj.weight,
+        _linear(attention.q_proj),
+        _linear(attention.k_proj),
+        _linear(attention.v_proj),
+        _linear(attention.o_proj),
         layer.post_attention_layernorm.weight,
-        mlp.gate_proj.weight,
-        mlp.up_proj.weight,
-        mlp.down_proj.weight,
+        _linear(mlp.gate_proj),
+        _linear(mlp.up_proj),
+        _linear(mlp.down_proj),
     )
+
+
+def _linear(module: Any) -> Linear:
+    if not hasattr(module, "lora_A"):
+        return module.weight, None, None, 1.0
+    a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+    return module.base_layer.weight, a, b, module.scaling["default"]
 
 
 def _layer(
     x: Tensor,
-    weights: tuple[Tensor, ...],
+    weights: tuple[Any, ...],
     cos: Tensor,
     sin: Tensor,
     mask: Tensor,
@@ -98,21 +141,43 @@ def _layer(
     eps: float,
 ) -> Tensor:
     first_norm, q, k, v, o, second_norm, gate, up, down = weights
-    qkv = F.linear(_norm(x, first_norm, eps), torch.cat((q, k, v)).to(x.dtype))
-    x = x + F.linear(_attention(qkv, cos, sin, mask, sizes), o.to(x.dtype))
-    h = _norm(x, second_norm, eps)
-    h = F.silu(F.linear(h, gate.to(x.dtype))) * F.linear(h, up.to(x.dtype))
-    return x + F.linear(h, down.to(x.dtype))
+    projected = _project(_norm(x, first_norm, eps), q, k, v)
+    x = x + _project(_attention(projected, cos, sin, mask, sizes), o)[0]
+    gated, raised = _project(_norm(x, second_norm, eps), gate, up)
+    return x + _project(F.silu(gated) * raised, down)[0]
+
+
+def _project(x: Tensor, *linears: Linear) -> tuple[Tensor, ...]:
+    """Products of one input with several linear layers, each with its adapter."""
+    frozen = [weight for weight, *_ in linears]
+    whole = F.linear(x, torch.cat(frozen).to(x.dtype) if len(frozen) > 1 else frozen[0].to(x.dtype))
+    found = _split(whole, frozen)
+    adapters = [a for _, a, _, _ in linears if a is not None]
+    if not adapters:
+        return found
+    reduced = iter(_split(F.linear(x, torch.cat(adapters).to(x.dtype)), adapters))
+    return tuple(
+        y if b is None else y + F.linear(next(reduced), (b * scale).to(x.dtype))
+        for y, (_, _, b, scale) in zip(found, linears, strict=True)
+    )
+
+
+def _split(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Cut the last dimension into the outputs of each weight."""
+    return torch.split(x, [len(weight) for weight in weights], dim=-1)
 
 
 def _attention(
-    qkv: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, sizes: tuple[int, int, int]
+    projected: tuple[Tensor, ...],
+    cos: Tensor,
+    sin: Tensor,
+    mask: Tensor,
+    sizes: tuple[int, int, int],
 ) -> Tensor:
-    """Causal attention of packed projections, shape (batch, length, (heads + 2 kv) * size)."""
+    """Causal attention of q, k, v, each of shape (batch, length, its heads * size)."""
     heads, kv_heads, size = sizes
-    batch, length, _ = qkv.shape
-    packed = qkv.view(batch, length, heads + 2 * kv_heads, size)
-    q, k, v = torch.split(packed, [heads, kv_heads, kv_heads], dim=2)
+    batch, length, _ = projected[0].shape
+    q, k, v = (part.view(batch, length, -1, size) for part in projected)
     q, k = _rotate(q, cos, sin).transpose(1, 2), _rotate(k, cos, sin).transpose(1, 2)
     v = v.transpose(1, 2)
     if kv_heads != heads:
@@ -129,7 +194,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm (Zhang and Sennrich 2019, arXiv 1910.07467) in float32."""
+    """RMSNorm (Zhang and Sennrich 2019, arXiv 1910.07467) in float32 at least."""
     wide = _wide(x)
     scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return (scaled * weight).to(x.dtype)

@@ -236,7 +236,7 @@ class Experiment:
         }
         scratch = self._run.path / "unfinished" / f"{slug(arm)}-{fingerprint(inputs)[:12]}"
         path = self._run.stage(
-            f"arm-{slug(arm)}-seed{seed}",
+            f"arm-{slug(arm)}-seed {seed}",
             inputs,
             lambda p: tuning.tune(bench, arm, seed, p, scratch, self._progress),
         )
@@ -269,7 +269,8 @@ class Experiment:
         }
 
         def make(path: Path) -> None:
-            self._progress.stage(f"{part}: {directory.name.rpartition('-')[0]}", len(examples))
+            seed = f", {directory.name.split('-')[-2]}" if arm.tuned else ""
+            self._progress.stage(f"{part}: {arm.name}{seed}", len(examples))
             built = making.build(bench, arm, directory)
             graded = runner.evaluate(built.generator, examples, bench.grader, self._progress)
             runner.save_graded(path, graded)

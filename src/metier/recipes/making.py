@@ -183,12 +183,11 @@ def _index(bench: Workbench, texts: list[str]) -> Index:
 def _composed(bench: Workbench, arm: Arm, engine: Engine, phrasing: str) -> Built:
     fits = arms.room_in(engine)
     compose = composer(bench, arm, fits, phrasing)
-    inner = WithinContext(engine, fits)
-    generator: Generator
     if arm.mode == "likelihood":
-        generator = arms.Likelihood(engine, compose, bench.labels)
+        inner = WithinContext(arms.Likelihood(engine, lambda chat: chat, bench.labels), fits)
     else:
-        generator = arms.Composed(inner, compose, bench.task.kind == "classification")
+        inner = WithinContext(engine, fits)
+    generator = arms.Composed(inner, compose, bench.task.kind == "classification")
     return Built(generator, engine, lambda: (*compose.notes(), *inner.notes()))
 
 

@@ -93,8 +93,9 @@ def predict(run: Path, file: Path, out: Path | None, arm: str | None, progress: 
     progress.stage("load the specialist")
     specialist = load_specialist(run, arm)
     task = specialist.task
+    columns = task.data.columns.model_copy(update={"output": None})
     rows = read_examples(
-        file.name, task.kind, file.parent, task.data.format, task.data.columns, answers=False
+        file.name, task.kind, file.parent, task.data.format, columns, answers=False
     )
     target = out or file.with_name(f"{file.name.split('.')[0]}.answers.jsonl")
     progress.stage("answer", len(rows))

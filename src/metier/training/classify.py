@@ -15,7 +15,8 @@ from metier.progress import Progress
 from metier.records import Example
 from metier.task import Training
 from metier.training.batches import PaddedBatch, Row
-from metier.training.sft import Trained, fit, mixed_precision
+from metier.training.forward import forward_of
+from metier.training.sft import Trained, fit
 
 
 def label_rows(
@@ -61,11 +62,11 @@ def classify(
     progress: Progress | None = None,
 ) -> Trained:
     """Train head and language model on labelled rows; arguments as in `sft.sft`."""
+    forward = forward_of(classifier.model)
 
     def loss(batch: PaddedBatch) -> Tensor:
-        with mixed_precision(classifier):
-            logits = classifier(batch.ids, batch.lengths)
-        return F.cross_entropy(logits.float(), batch.labels, reduction="sum")
+        logits = classifier.logits(forward(batch.ids), batch.lengths)
+        return F.cross_entropy(logits, batch.labels, reduction="sum")
 
     return fit(
         classifier,

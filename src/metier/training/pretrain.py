@@ -24,7 +24,7 @@ from metier import runs
 from metier.config import Config
 from metier.data import stream
 from metier.errors import ConfigError
-from metier.model.llama import LlamaForward
+from metier.model.llama import LlamaForward, has_compiler
 from metier.progress import Progress, Silent
 from metier.text import bpe
 from metier.training.loop import Loop, Plan, State, trapezoid
@@ -294,7 +294,7 @@ def _train(
 ) -> tuple[LlamaForCausalLM, State]:
     tokenizer = _load_tokenizer(tokenizer_dir)
     model = _new_model(config)
-    forward = LlamaForward(model, dtype)
+    forward = LlamaForward(model, dtype, compiled=has_compiler())
     head = model.model.embed_tokens.weight
 
     def loss(window: Window) -> Tensor:

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from metier.model.backbone import hidden_states, inner, output_weight
+from metier.model.backbone import inner, output_weight
 from metier.progress import Progress, Silent
 from metier.task import Training
 from metier.training.batches import PaddedBatch, Row, RowBatches, cut
+from metier.training.forward import forward_of, mixed_precision
 from metier.training.loop import Loop, Plan, State, cosine
 from metier.training.losses import linear_cross_entropy
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 # "LoRA Without Regret" (Schulman et al. 2025): LoRA wants about ten times the rate of full tuning.
 LEARNING_RATES = {"lora": 2e-3, "full": 3e-4}
 _MICRO_TOKENS = 4096
+_CHECKPOINT_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,7 @@ def fit(
         seed=seed,
         evaluate_every=batches.steps_per_epoch,
         patience=training.patience,
+        checkpoint_seconds=_CHECKPOINT_SECONDS,
     )
     held_out = cut(validation, _MICRO_TOKENS, pad_id)
     weight = sum(part.weight for part in held_out)
@@ -149,29 +152,18 @@ def row_batches(rows: Sequence[Row], training: Training, *, seed: int, pad_id: i
 def answer_loss(model: Model) -> Callable[[PaddedBatch], Tensor]:
     """Sum of cross-entropies over a batch's trained tokens, through the head only where needed."""
     weight = output_weight(model)
-    head = inner(model).get_output_embeddings()
+    forward = forward_of(model)
 
     def loss(batch: PaddedBatch) -> Tensor:
         picked = batch.trained[:, 1:]
         targets = batch.ids[:, 1:][picked]
+        if weight is not None:
+            return linear_cross_entropy(forward(batch.ids[:, :-1])[picked], weight, targets)
         with mixed_precision(model):
-            if weight is None:
-                logits = inner(model)(input_ids=batch.ids[:, :-1], use_cache=False).logits
-                return F.cross_entropy(logits[picked].float(), targets, reduction="sum")
-            hidden = hidden_states(model, batch.ids[:, :-1])[picked]
-            return linear_cross_entropy(hidden, head.weight, targets)
+            logits = inner(model)(input_ids=batch.ids[:, :-1], use_cache=False).logits
+        return F.cross_entropy(logits[picked].float(), targets, reduction="sum")
 
     return loss
-
-
-def mixed_precision(model: torch.nn.Module) -> torch.autocast:
-    """Compute in bfloat16 where the device does natively; trained weights stay in float32."""
-    from metier.model.device import compute_dtype
-
-    device = next(model.parameters()).device
-    wide = all(p.dtype in (torch.float32, torch.bfloat16) for p in model.parameters())
-    native = compute_dtype(device) is torch.bfloat16
-    return torch.autocast(device.type, torch.bfloat16, enabled=wide and native)
 
 
 def _adamw(model: torch.nn.Module, rate: float, weight_decay: float) -> torch.optim.Optimizer:

@@ -1,0 +1,43 @@
+"""The forward pass that training uses: the quickest one that computes what the model computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from metier.model.backbone import hidden_states
+from metier.model.device import compute_dtype
+from metier.model.llama import LlamaForward, supports
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+
+def forward_of(model: PreTrainedModel | PeftModel) -> Callable[[Tensor], Tensor]:
+    """Right-padded ids, shape (rows, length), to final hidden states in the compute dtype."""
+    if model.device.type == "cpu" and supports(model):
+        wide = next(model.parameters()).dtype
+        return LlamaForward(model, torch.bfloat16 if computes_bfloat16(model) else wide)
+
+    def forward(ids: Tensor) -> Tensor:
+        with mixed_precision(model):
+            return hidden_states(model, ids)
+
+    return forward
+
+
+def computes_bfloat16(model: torch.nn.Module) -> bool:
+    """Whether the device is native in bfloat16, and the model is not in float64 for a check."""
+    parameters = list(model.parameters())
+    narrow = all(p.dtype in (torch.float32, torch.bfloat16) for p in parameters)
+    return narrow and compute_dtype(parameters[0].device) is torch.bfloat16
+
+
+def mixed_precision(model: torch.nn.Module) -> torch.autocast:
+    """Compute in bfloat16 where the device does natively; trained weights stay in float32."""
+    device = next(model.parameters()).device
+    return torch.autocast(device.type, torch.bfloat16, enabled=computes_bfloat16(model))
