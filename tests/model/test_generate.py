@@ -283,7 +283,13 @@ def test_draws_follow_the_softmax(temperature: float) -> None:
 
 def test_the_nucleus_is_the_smallest_set_with_the_share() -> None:
     """Probabilities of the five tokens are 0.46, 0.17, 0.06, 0.02 and 0.28."""
-    for top_p, tokens in [(0.4, {0}), (0.5, {0, 4}), (0.8, {0, 4, 1}), (0.95, {0, 4, 1, 2})]:
+    for top_p, tokens in [
+        (0.0, {0}),
+        (0.4, {0}),
+        (0.5, {0, 4}),
+        (0.8, {0, 4, 1}),
+        (0.95, {0, 4, 1, 2}),
+    ]:
         draw = _Draw(1.0, top_p, seed=0)
         assert {draw(LOGITS) for _ in range(600)} == tokens
 

@@ -25,8 +25,8 @@ from metier.errors import ModelError
 
 Ids = Sequence[int]
 
-# Prompt tokens read at once: larger chunks are slower on a processor, no faster on a GPU.
-_CHUNK = 4096
+# Prompt tokens read at once: enough to keep the device busy, few enough for a processor's cache.
+_CHUNK_CPU, _CHUNK = 1024, 8192
 # A shorter common start is not worth reading apart.
 _SHARED = 16
 
@@ -167,10 +167,13 @@ def read_prefix(model: Any, prefix: Ids) -> Any:
 
 
 def repeated(cache: Any, rows: int) -> Any:
-    """A copy of a prefix's cache for several rows."""
-    cache = copy.deepcopy(cache)
-    cache.batch_repeat_interleave(rows)
-    return cache
+    """A prefix's cache seen by several rows; reading on copies it, so it can be used again."""
+    seen = copy.copy(cache)
+    seen.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in seen.layers:
+        layer.keys = layer.keys.expand(rows, -1, -1, -1)
+        layer.values = layer.values.expand(rows, -1, -1, -1)
+    return seen
 
 
 def batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
@@ -206,7 +209,8 @@ def _read(model: Any, bodies: Sequence[Ids], room: int, pad_id: int) -> Cache:
     start = _common_start(bodies)
     prefix = read_prefix(model, bodies[0][:start])
     layers: list[_Buffers] = []
-    for chunk in batches([len(body) - start for body in bodies], _CHUNK):
+    budget = _CHUNK_CPU if model.device.type == "cpu" else _CHUNK
+    for chunk in batches([len(body) - start for body in bodies], budget):
         found = _read_chunk(model, prefix, [bodies[row][start:] for row in chunk], pad_id)
         layers = layers or [make() for _ in found.layers]
         for layer, read in zip(layers, found.layers, strict=True):

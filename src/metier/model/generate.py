@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-# Logits held at once when continuations are scored: 2^26 float32 values are 256 MB.
-_LOGITS = 1 << 26
+# Logits held at once when continuations are scored: 2^25 float32 values are 128 MB.
+_LOGITS = 1 << 25
 # Rows leave a batch once no more than this share of it is still writing.
 _LEAVE = 0.75
 _IGNORED = -100
@@ -234,37 +234,37 @@ class Engine:
         """Fill in the sums of rows that all follow one prefix."""
         with evaluating(self.model):
             cache = read_prefix(self.model, prefix)
-            lengths = [len(prefix) + len(row.ids) for row in rows]
             vocabulary: int = self.model.config.get_text_config().vocab_size
-            for batch in batches(lengths, min(self.batch_tokens, _LOGITS // vocabulary)):
+            # A row takes room for its keys and values, and for the logits of what is read.
+            weight = vocabulary * self.batch_tokens / _LOGITS
+            sizes = [max(len(prefix) + len(row.ids), int(weight * len(row.ids))) for row in rows]
+            for batch in batches(sizes, self.batch_tokens):
                 chosen = [rows[i] for i in batch]
                 for row, value in zip(chosen, self._sums(cache, chosen), strict=True):
                     sums[row.place] = value
 
     def _sums(self, cache: Any, rows: list[_Row]) -> list[float]:
         """Sums of one batch, padded on the right, where causal attention never looks."""
-        device = self.model.device
         length = max(len(row.ids) for row in rows)
         ids = torch.full((len(rows), length), self.renderer.tokenizer.pad_id)
-        wanted = torch.full((len(rows), length), _IGNORED)
+        following = torch.full((len(rows), length), _IGNORED)
         for i, row in enumerate(rows):
             ids[i, : len(row.ids)] = torch.tensor(row.ids)
-            wanted[i, row.start : len(row.ids)] = torch.tensor(row.ids[row.start :])
+            following[i, row.start - 1 : len(row.ids) - 1] = ids[i, row.start : len(row.ids)]
         first = min(row.start for row in rows) - 1
         output: Any = self.model(
-            input_ids=ids.to(device),
+            input_ids=ids.to(self.model.device),
             past_key_values=repeated(cache, len(rows)) if cache else None,
             use_cache=cache is not None,
             logits_to_keep=length - first,
         )
-        logits = output.logits[:, :-1].float()
         losses = torch.nn.functional.cross_entropy(
-            logits.transpose(1, 2),
-            wanted[:, first + 1 :].to(device),
+            output.logits.flatten(0, 1).float(),
+            following[:, first:].flatten().to(self.model.device),
             ignore_index=_IGNORED,
             reduction="none",
         )
-        sums: list[float] = (0 - losses.sum(1)).tolist()
+        sums: list[float] = (0 - losses.view(len(rows), -1).sum(1)).tolist()
         return sums
 
 
@@ -294,5 +294,7 @@ class _Draw:
         probabilities = (logits.float().cpu() / self._temperature).softmax(-1)
         ranked, tokens = probabilities.sort(descending=True)
         # A token stays while the likelier ones hold less than top_p; the first always stays.
-        ranked[ranked.cumsum(0) - ranked >= self._top_p] = 0
+        beyond = ranked.cumsum(0) - ranked >= self._top_p
+        beyond[0] = False
+        ranked[beyond] = 0
         return int(tokens[torch.multinomial(ranked, 1, generator=self._generator)])
