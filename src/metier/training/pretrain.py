@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
 _EVALUATION_LENGTH = 512
+# Compiling takes about a minute: only a longer run wins it back.
+_WORTH_COMPILING = 5_000_000
 # The trainer numbers control tokens first, in this order.
 _BOS, _EOS, _PAD = (bpe.CONTROL_TOKENS.index(token) for token in (bpe.BOS, bpe.EOS, bpe.PAD))
 
@@ -294,7 +296,9 @@ def _train(
 ) -> tuple[LlamaForCausalLM, State]:
     tokenizer = _load_tokenizer(tokenizer_dir)
     model = _new_model(config)
-    forward = LlamaForward(model, dtype, compiled=has_compiler())
+    forward = LlamaForward(
+        model, dtype, compiled=config.tokens >= _WORTH_COMPILING and has_compiler()
+    )
     head = model.model.embed_tokens.weight
 
     def loss(window: Window) -> Tensor:

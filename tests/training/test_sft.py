@@ -1,0 +1,150 @@
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from metier.errors import TrainingError
+from metier.model.adapters import add_lora
+from metier.model.head import Classifier, HeadGenerator, load_head, save_head
+from metier.model.load import Base, load_base
+from metier.records import Example
+from metier.task import Lora, Training
+from metier.text.template import Renderer
+from metier.training.batches import Row, cut
+from metier.training.classify import classify, label_rows
+from metier.training.preflight import prepare
+from metier.training.sft import answer_loss, sft
+
+NAMES = ("Lily", "Tom", "Ben", "Mia")
+ANSWERS = {"dog": "animal", "cake": "food", "park": "place"}
+
+
+def example(text: str, answer: str) -> Example:
+    messages = ({"role": "user", "content": text}, {"role": "assistant", "content": answer})
+    return Example(id=text, messages=messages, source=f"data.jsonl:{len(text)}")
+
+
+def examples() -> list[Example]:
+    return [
+        example(f"{name} saw a {word}", answer)
+        for name in NAMES
+        for word, answer in ANSWERS.items()
+    ]
+
+
+def load(path: Path, dtype: torch.dtype = torch.float32) -> tuple[Base, Renderer]:
+    base = load_base(str(path), dtype=dtype, device="cpu")
+    return base, Renderer(base.tokenizer, "question-answer")
+
+
+def rows_of(renderer: Renderer, training: Training) -> list[Row]:
+    return prepare(examples(), renderer, training, None).rows
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_training_learns_the_answers(stories260k: Path, method: str) -> None:
+    base, renderer = load(stories260k)
+    training = Training(epochs=12, batch_tokens=256, patience=0)
+    rows = rows_of(renderer, training)
+    model = add_lora(base.model, Lora(rank=4), 0) if method == "lora" else base.model
+    trained = sft(
+        model, rows, rows, training, learning_rate=5e-3, seed=0, pad_id=base.tokenizer.pad_id
+    )
+    losses = [point["validation_loss"] for point in trained.state.curve]
+    assert losses[-1] < losses[0] / 2
+    assert trained.state.best_loss == min(losses)
+
+
+def test_the_loss_is_cross_entropy_on_the_answer_alone(stories260k: Path) -> None:
+    base, renderer = load(stories260k)
+    rows = rows_of(renderer, Training())
+    expected = 0.0
+    for row in rows:
+        with torch.no_grad():
+            logits = base.model(input_ids=torch.tensor([row.ids])).logits[0].double()
+        for place in range(1, len(row.ids)):
+            if row.trained[place]:
+                target = torch.tensor([row.ids[place]])
+                expected += F.cross_entropy(logits[place - 1 : place], target).item()
+    base.model.double()
+    loss = answer_loss(base.model)
+    found = sum(loss(batch).item() for batch in cut(rows, 64, 0))
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("budget", [1, 40, 90, 10_000])
+def test_the_gradient_does_not_depend_on_batching(stories260k: Path, budget: int) -> None:
+    base, renderer = load(stories260k, torch.float64)
+    rows = rows_of(renderer, Training())
+    model = base.model.double()
+    loss = answer_loss(model)
+
+    def gradient(budget: int) -> torch.Tensor:
+        model.zero_grad()
+        for batch in cut(rows, budget, base.tokenizer.pad_id):
+            (loss(batch) / 100).backward()
+        return torch.cat([p.grad.reshape(-1).clone() for p in model.parameters()])
+
+    assert (gradient(budget) - gradient(0)).abs().max() < 1e-9
+
+
+def test_a_head_learns_its_labels_and_comes_back(stories260k: Path, tmp_path: Path) -> None:
+    base, renderer = load(stories260k)
+    training = Training(epochs=15, batch_tokens=256, patience=0)
+    prepared = prepare(examples(), renderer, training, None)
+    labels = tuple(sorted(ANSWERS.values()))
+    rows = label_rows(prepared.rows, prepared.examples, labels)
+    classifier = Classifier(base.model, labels)
+    classify(classifier, rows, rows, training, learning_rate=5e-3, seed=0, pad_id=0)
+    chats = [row.prompt for row in examples()]
+    answers = HeadGenerator(classifier, renderer).generate(chats)
+    right = sum(a.text == e.answer for a, e in zip(answers, examples(), strict=True))
+    assert right >= 10
+    save_head(classifier, tmp_path)
+    again = HeadGenerator(load_head(base.model, tmp_path), renderer).generate(chats)
+    assert again == answers
+
+
+def test_label_rows_hold_no_token_of_the_answer(stories260k: Path) -> None:
+    _, renderer = load(stories260k)
+    prepared = prepare(examples(), renderer, Training(), None)
+    rows = label_rows(prepared.rows, prepared.examples, tuple(sorted(ANSWERS.values())))
+    for row, one in zip(rows, examples(), strict=True):
+        assert list(row.ids) == renderer.prompt(one.prompt)
+    with pytest.raises(TrainingError, match="not in the label set"):
+        label_rows(prepared.rows, prepared.examples, ("animal",))
+
+
+class Endless(Renderer):
+    """A renderer broken on purpose: its stop token is not trained."""
+
+    def example(self, messages, tools=()):  # type: ignore[no-untyped-def]
+        rendered = super().example(messages, tools)
+        return type(rendered)(rendered.ids, (*rendered.trained[:-1], False))
+
+
+class Deaf(Renderer):
+    """A renderer broken on purpose: nothing is trained."""
+
+    def example(self, messages, tools=()):  # type: ignore[no-untyped-def]
+        rendered = super().example(messages, tools)
+        return type(rendered)(rendered.ids, (False,) * len(rendered.ids))
+
+
+def test_preflight_refuses_what_would_fail_in_silence(stories260k: Path) -> None:
+    base, renderer = load(stories260k)
+    shown = prepare(examples(), renderer, Training(), None).sample
+    assert shown.endswith("⟦animal</s>⟧") or "⟦animal" in shown
+    long = [*examples(), example("Tom saw " + "a big dog and " * 60, "animal")]
+    with pytest.raises(TrainingError, match="would be cut") as caught:
+        prepare(long, renderer, Training(max_length=64), None)
+    assert caught.value.place == long[-1].source
+    with pytest.raises(TrainingError, match="would be cut"):
+        prepare(long, renderer, Training(), 64)
+    kept = prepare(long, renderer, Training(max_length=64, too_long="drop"), None)
+    assert (len(kept.rows), kept.dropped) == (12, {"too long": 1})
+    with pytest.raises(TrainingError, match="stop token is not trained"):
+        prepare(examples(), Endless(base.tokenizer, "plain"), Training(), None)
+    with pytest.raises(TrainingError, match="no token to train on"):
+        prepare(examples(), Deaf(base.tokenizer, "plain"), Training(), None)
