@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import multiprocessing
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -63,6 +65,19 @@ def test_processes_that_open_together_each_get_a_number_of_their_own(tmp_path: P
     for worker in workers:
         worker.join()
     assert numbers == list(range(1, 61))
+
+
+def test_an_opening_waits_for_the_one_before_it(tmp_path: Path) -> None:
+    open_test(tmp_path, "t", A, "run")
+    numbers: list[int] = []
+    second = threading.Thread(target=lambda: numbers.append(open_test(tmp_path, "t", A, "run")))
+    with ledger_path(tmp_path, "t").open("rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        second.start()
+        second.join(timeout=0.3)
+        assert numbers == []
+    second.join(timeout=30)
+    assert numbers == [2]
 
 
 def test_an_entry_is_on_disk_before_the_part_is_opened(

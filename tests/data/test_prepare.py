@@ -69,6 +69,22 @@ def test_all_pairs_above_the_threshold_are_found_and_no_others(
     assert partition(found) == all_pairs(normal, threshold)
 
 
+@settings(deadline=None, max_examples=20)
+@given(st.randoms(), st.sampled_from([0.5, 0.7, 0.8]))
+def test_texts_close_to_the_threshold_are_told_apart(
+    source: random.Random, threshold: float
+) -> None:
+    """Copies with more and more signs changed lie on both sides of any threshold."""
+    bases = ["".join(source.choices("abcdefgh ", k=60)) for _ in range(2)]
+    texts = ["q", "w"]
+    for count in range(30):
+        text = list(source.choice(bases))
+        for at in source.sample(range(60), count // 4):
+            text[at] = "z"
+        texts.append(normalise("".join(text)))
+    assert partition(near_duplicate_clusters(texts, threshold)) == all_pairs(texts, threshold)
+
+
 @settings(deadline=None)
 @given(st.lists(WORDS.map(" ".join), min_size=1, max_size=10), st.randoms())
 def test_clusters_do_not_depend_on_the_order(texts: list[str], source: random.Random) -> None:

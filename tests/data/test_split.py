@@ -170,14 +170,14 @@ def test_official_parts_may_use_the_same_ids() -> None:
 
 
 @settings(deadline=None, max_examples=20)
-@given(SEEDS, st.integers(2, 12))
+@given(SEEDS, st.integers(2, 40))
 def test_every_label_with_three_independent_groups_stands_in_every_part(
     seed: int, labels: int
 ) -> None:
     source = random.Random(seed)
     made = [
         example(i, " ".join(source.choices(WORDS, k=9)), f"label {i % labels}")
-        for i in range(max(60, labels * source.choice([3, 4, 8])))
+        for i in range(max(150, labels * source.choice([3, 4, 8])))
     ]
     parts = split(made, Split(test=0.2, validation=0.15), "classification")
     everywhere = {row.answer for row in made}
@@ -200,16 +200,23 @@ def test_rare_labels_are_named_and_go_to_training_first() -> None:
     assert "the validation part lacks the labels 'pair', 'unique'" in warnings
 
 
-def test_a_move_never_takes_a_label_from_its_part() -> None:
-    """A group with two labels is no spare one where the other label has nothing else."""
-    made = rows(300, labels=2, copies=0)
-    made += [example(900 + i, f"{WORDS[i]} {WORDS[i + 40]} mixed {WORDS[-i]}", "rare", f"m{i // 2}")
-             for i in range(8)]  # fmt: skip
-    made += [example(950 + i, f"{WORDS[i]} {WORDS[i + 9]} also {WORDS[-i]}", "other", f"m{i}")
-             for i in range(4)]  # fmt: skip
-    parts = split(made, Split(), "classification")
+@settings(deadline=None, max_examples=40)
+@given(SEEDS)
+def test_a_move_never_takes_a_label_from_its_part(seed: int) -> None:
+    """Groups of two labels: against the same split without the repair of labels."""
+    source = random.Random(seed)
+    made = []
+    for number in range(60):
+        for label in source.choices("abcdefghijklmnopqrst", k=2):
+            text = " ".join(source.choices(WORDS, k=9))
+            made.append(example(len(made), text, label, f"g{number}"))
+    after = split(made, Split(test=0.25, validation=0.25), "classification")
+    before = split(made, Split(test=0.25, validation=0.25), "expansion")
+    groups = Counter(label for _, label in {(row.group, row.answer) for row in made})
+    common = {label for label, count in groups.items() if count >= 3}
     for name in PARTS:
-        assert {"rare", "other"} <= {row.answer for row in getattr(parts, name)}
+        labels_before = {row.answer for row in getattr(before, name)} & common
+        assert labels_before <= {row.answer for row in getattr(after, name)}
 
 
 def test_caps_keep_all_labels_in_their_shares() -> None:
@@ -328,8 +335,10 @@ def test_parts_are_read_from_files(tmp_path_factory: pytest.TempPathFactory, see
     write("all.jsonl", made)
     write("train.jsonl", made[:80])
     write("test.jsonl", made[80:])
-    one = Task(name="t", kind="extraction", data=Data(file="all.jsonl"))
-    two = Task(name="t", kind="extraction", data=Data(train="train.jsonl", test="test.jsonl"))
+    shares = Split(test=0.3, validation=0.3)
+    official = Data(train="train.jsonl", test="test.jsonl")
+    one = Task(name="t", kind="extraction", data=Data(file="all.jsonl"), split=shares)
+    two = Task(name="t", kind="extraction", data=official, split=shares)
     assert len(part_of(read_parts(one, folder))) == 120
     assert {row.input for row in read_parts(two, folder).test} == {r.input for r in made[80:]}
 
