@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 
 import pytest
@@ -44,6 +45,12 @@ def test_counts_can_be_checked_by_hand() -> None:
     assert found.cards.examples == ("7",)
     assert found.removed == {"train-duplicate-of-test": 3}
     assert found.warnings == ("look",)
+
+
+def test_findings_say_where_a_row_stands() -> None:
+    row = dataclasses.replace(ROWS[4], source="/some/where/rows.csv:7")
+    found = audit(Parts((row,), (), (), {}, {}, ()), "expansion", 0.8)
+    assert found.phones.examples == ("rows.csv:7",)
 
 
 def test_lengths_are_percentiles() -> None:

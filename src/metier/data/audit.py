@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 from metier.config import Config
 from metier.data import prepare
@@ -32,7 +33,7 @@ class Finding(Config):
 
     rows: int
     examples: tuple[str, ...] = ()
-    """Ids of the first few."""
+    """Where the first few stand (``file:line``), or their ids."""
 
 
 class Audit(Config):
@@ -107,7 +108,7 @@ def _lengths(values: Iterable[int]) -> Lengths:
 
 
 def _find(rows: Sequence[Example], test: Callable[[Example], bool]) -> Finding:
-    found = [row.id for row in rows if test(row)]
+    found = [Path(row.source).name or row.id for row in rows if test(row)]
     return Finding(rows=len(found), examples=tuple(found[:_SHOWN]))
 
 
