@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,10 +14,21 @@ from metier.text.tokenizer import Tokenizer
 MakeTokenizer = Callable[..., Tokenizer]
 
 
+def shorten(described: dict[str, Any], merges: int = 3000) -> None:
+    """Keep the first merges, which GPT-2 numbers after its 256 bytes: quick to load."""
+    model = described["model"]
+    model["merges"] = model["merges"][:merges]
+    model["vocab"] = {piece: i for piece, i in model["vocab"].items() if i < 256 + merges}
+    described["added_tokens"][0]["id"] = 256 + merges
+
+
 @pytest.fixture(scope="session")
 def make_tokenizer(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> MakeTokenizer:
-    """Load gpt2, gpt_neox_20b or stories260k with extra control tokens and a chat template."""
+    """Load gpt2, gpt_neox_20b, stories260k, or small (GPT-2's first merges), with more to it."""
     made: dict[str, Tokenizer] = {}
+    sources = {name: data_dir / "tokenizers" / name for name in ("gpt2", "gpt_neox_20b")}
+    sources["small"] = sources["gpt2"]
+    sources["stories260k"] = data_dir / "models" / "stories260k" / "hf"
 
     def make(
         name: str,
@@ -28,10 +40,9 @@ def make_tokenizer(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     ) -> Tokenizer:
         key = repr((name, control, template, special, rstrip, config))
         if key not in made:
-            source = data_dir / "tokenizers" / name
-            if name == "stories260k":
-                source = data_dir / "models" / "stories260k" / "hf"
-            described = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
+            described = json.loads((sources[name] / "tokenizer.json").read_text(encoding="utf-8"))
+            if name == "small":
+                shorten(described)
             first = max(
                 [*described["model"]["vocab"].values()]
                 + [token["id"] for token in described["added_tokens"]]

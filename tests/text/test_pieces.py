@@ -13,7 +13,7 @@ from tests.text.conftest import MakeTokenizer
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\ufffd▁"), max_size=20)
 
 
-@pytest.fixture(scope="module", params=["gpt2", "stories260k"])
+@pytest.fixture(scope="module", params=["small", "stories260k"])
 def tokenizer(request: pytest.FixtureRequest, make_tokenizer: MakeTokenizer) -> Tokenizer:
     return make_tokenizer(request.param)
 
@@ -37,7 +37,7 @@ def test_the_pieces_are_the_answer(tokenizer: Tokenizer, text: str) -> None:
 
 
 def test_half_a_character_is_held_back(make_tokenizer: MakeTokenizer) -> None:
-    tokenizer = make_tokenizer("gpt2")
+    tokenizer = make_tokenizer("small")
     ids = tokenizer.encode("🦜")
     assert len(ids) > 1, "the hazard is real: the character is several tokens"
     shown, _ = stream(tokenizer, "a🦜")
@@ -45,7 +45,7 @@ def test_half_a_character_is_held_back(make_tokenizer: MakeTokenizer) -> None:
 
 
 def test_text_shows_as_soon_as_it_is_certain(make_tokenizer: MakeTokenizer) -> None:
-    shown, _ = stream(make_tokenizer("gpt2"), "One two three")
+    shown, _ = stream(make_tokenizer("small"), "One two three")
     assert shown == ["One", " two", " three", ""]
 
 
@@ -61,11 +61,11 @@ def test_a_stop_string_ends_the_answer(tokenizer: Tokenizer, text: str, stop: st
 def test_of_several_stop_strings_the_first_in_the_text_counts(
     make_tokenizer: MakeTokenizer,
 ) -> None:
-    shown, _ = stream(make_tokenizer("gpt2"), "one two three", ("three", " two"))
+    shown, _ = stream(make_tokenizer("small"), "one two three", ("three", " two"))
     assert "".join(shown) == "one"
 
 
 def test_the_start_of_a_stop_string_is_held_back(make_tokenizer: MakeTokenizer) -> None:
-    shown, pieces = stream(make_tokenizer("gpt2"), "end #", ("##",))
+    shown, pieces = stream(make_tokenizer("small"), "end #", ("##",))
     assert shown == ["end", "", " #"]
     assert not pieces.stopped

@@ -59,11 +59,12 @@ class Tokenizer:
         self.chat_template: str | None = _template_text(backend.chat_template)
         self.stop_ids = frozenset({self.eos_id, *extra_stop_ids})
         self._backend = backend
-        self._added = _added_tokens(backend)
+        described = json.loads(backend.backend_tokenizer.to_str())
+        self._added = {token["content"]: token for token in described["added_tokens"]}
         self.control_tokens = _control_tokens(backend, self._added, self.chat_template or "")
         # The unknown token is what unknown characters honestly become.
         self._control_ids = frozenset(self.control_tokens.values()) - {backend.unk_token_id}
-        self._plain, self._sentinel = _without_control(backend, self.control_tokens, name)
+        self._plain, self._sentinel = _without_control(described, self.control_tokens, name)
         self._newline = self._raw("\n")
         self._marks_start = self._raw("\na") != self._newline + self._raw("a")
         self.vocab_size: int = max(backend.get_vocab().values()) + 1
@@ -229,12 +230,6 @@ def _template_text(template: str | Mapping[str, str] | None) -> str | None:
     return text or None
 
 
-def _added_tokens(backend: PreTrainedTokenizerFast) -> dict[str, dict[str, Any]]:
-    """Added tokens by string, as tokenizer.json writes them."""
-    described = json.loads(backend.backend_tokenizer.to_str())
-    return {token["content"]: token for token in described["added_tokens"]}
-
-
 def _control_tokens(
     backend: PreTrainedTokenizerFast, added: Mapping[str, Mapping[str, Any]], template: str
 ) -> dict[str, int]:
@@ -248,13 +243,21 @@ def _control_tokens(
 
 
 def _without_control(
-    backend: PreTrainedTokenizerFast, control: Mapping[str, int], name: str
+    described: dict[str, Any], control: Mapping[str, int], name: str
 ) -> tuple[tokenizers.Tokenizer, int]:
-    """A copy that does not know the control tokens, with the sentinel and its id instead."""
+    """A copy that does not know the control tokens, with the sentinel and its id instead.
+
+    Args:
+        described: the whole tokenizer as tokenizer.json writes it.
+        control: strings of the control tokens.
+        name: for error messages.
+
+    """
     from tokenizers import AddedToken, Tokenizer
 
-    described = json.loads(backend.backend_tokenizer.to_str())
-    vocabulary = backend.backend_tokenizer.get_vocab(with_added_tokens=False)
+    vocabulary = described["model"]["vocab"]  # a mapping, or for Unigram a list of pairs
+    if isinstance(vocabulary, list):
+        vocabulary = {piece for piece, _ in vocabulary}
     kept = []
     for token in described["added_tokens"]:
         if token["content"] not in control:
@@ -262,9 +265,8 @@ def _without_control(
         elif token["content"] not in vocabulary:
             # Ids of added tokens are counted up: an unreachable name keeps the place.
             kept.append(token | {"content": f"{_SENTINEL}{token['id']}", "normalized": False})
-    described["added_tokens"] = kept
-    described |= {"post_processor": None, "truncation": None, "padding": None}
-    plain = Tokenizer.from_str(json.dumps(described))
+    changed = {"added_tokens": kept, "post_processor": None, "truncation": None, "padding": None}
+    plain = Tokenizer.from_str(json.dumps(described | changed))
     plain.add_special_tokens([AddedToken(_SENTINEL, normalized=False)])
     sentinel = plain.token_to_id(_SENTINEL)
     if sentinel is None or any(
