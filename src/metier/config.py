@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -106,33 +107,46 @@ class _StrictLoader(yaml.SafeLoader):
             seen.add(key)
         return super().construct_mapping(node, deep)
 
+    def construct_scalar(self, node: Any) -> Any:
+        value = super().construct_scalar(node)
+        # Escapes can write what no path, message or tokenizer takes.
+        if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
+            raise yaml.constructor.ConstructorError(
+                None, None, "a text holds NUL or a lone surrogate", node.start_mark
+            )
+        return value
+
 
 def _yaml_error(path: Path, error: Exception) -> ConfigError:
     mark = getattr(error, "problem_mark", None)
     place = f"{path}:{mark.line + 1}" if mark else str(path)
-    cause = getattr(error, "problem", None) or str(error).splitlines()[0]
-    return ConfigError(place, f"is not valid YAML: {cause}", "mend this line")
+    return ConfigError(place, f"is not valid YAML: {_problem(error)}", "mend this line")
+
+
+def _problem(error: Exception) -> str:
+    return getattr(error, "problem", None) or str(error).splitlines()[0]
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
     dotted, equals, text = override.partition("=")
     keys = dotted.split(".")
+    shown = override if len(override) <= 80 else override[:77] + "..."
     if not equals or not all(keys):
         raise ConfigError(
-            f"override '{override}'", "is not of the form key=value", "write e.g. training.epochs=3"
+            f"override '{shown}'", "is not of the form key=value", "write e.g. training.epochs=3"
         )
     try:
         value = yaml.load(text, Loader=_StrictLoader)  # noqa: S506
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(
-            f"override '{override}'", f"has an unreadable value ({error})", "quote the value"
+            f"override '{shown}'", f"has an unreadable value ({_problem(error)})", "quote the value"
         ) from None
     target = values
     for depth, key in enumerate(keys[:-1]):
         target = target.setdefault(key, {})
         if not isinstance(target, dict):
             raise ConfigError(
-                f"override '{override}'",
+                f"override '{shown}'",
                 f"'{'.'.join(keys[: depth + 1])}' has no fields",
                 "give a field that has parts",
             )

@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +24,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from metier.errors import RunError
+from metier.errors import MetierError, RunError
 
 MANIFEST = "manifest.json"
 _TEMPORARY = ".partial-"
@@ -47,15 +48,40 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}")
     data = content.encode() if isinstance(content, str) else content
     try:
-        with temporary.open("wb") as handle:
-            handle.write(data)
-            handle.flush()
-            os.fsync(handle.fileno())
-        temporary.replace(path)
+        with _naming(path):
+            with temporary.open("wb") as handle:
+                handle.write(data)
+                handle.flush()
+                os.fsync(handle.fileno())
+            temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     _sync_directory(path.parent)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Let a failure to write name `path`: a full disk is reported without any name."""
+    try:
+        yield
+    except MetierError:  # says already what and where
+        raise
+    except Exception as error:
+        number = _system_error(error)
+        name = getattr(error, "filename", None)
+        if number and (name is None or _TEMPORARY in str(name)):
+            raise OSError(number, os.strerror(number), str(path)) from error
+        raise
+
+
+def _system_error(error: Exception) -> int | None:
+    """Number of the system's error behind an exception, if there is one."""
+    if isinstance(error, OSError):
+        return error.errno
+    # Libraries written in Rust raise kinds of their own.
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None
 
 
 @contextlib.contextmanager
@@ -71,9 +97,10 @@ def publish(path: Path, about: Mapping[str, Any] | None = None) -> Iterator[Path
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        yield temporary
-        _seal(temporary, about or {})
-        temporary.rename(path)
+        with _naming(path):
+            yield temporary
+            _seal(temporary, about or {})
+            temporary.rename(path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -134,6 +161,7 @@ class Run:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock: int | None = None
+        self._new = not path.exists()
 
     def __enter__(self) -> Run:
         self.path.mkdir(parents=True, exist_ok=True)
@@ -151,9 +179,12 @@ class Run:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        if self._lock is None:
+            return
+        if self._new and os.listdir(self.path) == [".lock"]:  # nothing was made
+            shutil.rmtree(self.path)
+        os.close(self._lock)
+        self._lock = None
 
     def _sweep(self) -> None:
         """Remove what an interrupted process left half-written."""

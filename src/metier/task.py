@@ -16,6 +16,7 @@ from metier.config import Config
 
 Kind = Literal["classification", "extraction", "expansion"]
 TemplateName = Literal["plain", "question-answer", "chat"]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Format = Literal[
     "auto", "prompt-completion", "question-answer", "text-label", "messages", "alpaca", "sharegpt"
 ]
@@ -126,7 +127,7 @@ class Training(Config):
     """What to do with training examples longer than `max_length`: answers are never cut."""
     lora: Lora = Lora()
     """Low-rank adapters."""
-    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0, 1, 2)
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0, 1, 2)
     """Every tuned arm is trained once per seed; a verdict wants at least three."""
 
     @field_validator("seeds")
@@ -219,7 +220,7 @@ class Task(Config):
     """What prompted arms tell the model to do."""
     labels: tuple[str, ...] = ()
     """The closed label set of a classification; by default the labels of the training part."""
-    base: str | tuple[str, ...] = "starter"
+    base: str | Annotated[tuple[str, ...], Field(min_length=1)] = "starter"
     """One base or several: starter, a path, or a Hub name."""
     template: TemplateName = "question-answer"
     """How a chat becomes text: plain, question-answer, or the base's own chat template."""
@@ -247,6 +248,15 @@ class Task(Config):
     """Price of one hour of this machine, for cost per 1,000 requests."""
     currency: str = "USD"
     """Currency of all prices."""
+
+    @field_validator("labels", "base")
+    @classmethod
+    def _no_name_twice(cls, names: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if not isinstance(names, str):
+            for name in names:
+                if names.count(name) > 1:
+                    raise ValueError(f"'{name}' stands twice")
+        return names
 
     @field_validator("arms")
     @classmethod

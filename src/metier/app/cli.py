@@ -104,9 +104,10 @@ def _told(command: str, as_json: bool) -> Iterator[None]:
 
 def _tell_error(error: Exception, as_json: bool) -> int:
     """Say what is wrong; returns the exit code."""
-    if isinstance(error, OSError) and error.filename:
+    if isinstance(error, OSError) and error.errno:
         remedy = "check the path, its permissions and the space left"
-        error = RunError(str(error.filename), error.strerror or "failed", remedy)
+        place = str(error.filename or "writing or reading a file")
+        error = RunError(place, error.strerror or "failed", remedy)
     if isinstance(error, MetierError):
         _tell(f"error: {error}")
         if as_json:

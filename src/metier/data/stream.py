@@ -57,7 +57,7 @@ def documents(source: Source, base: Path) -> Iterator[Document]:
         DataError: no file matches, or a file or line cannot be read.
 
     """
-    for path in _matching_files(source, base):
+    for path in matching_files(source, base):
         if _plain_name(path).endswith((".jsonl", ".json")):
             yield from _json_lines(path, source.field)
         else:
@@ -86,7 +86,13 @@ def open_text(path: Path) -> IO[str]:
     return io.TextIOWrapper(binary, encoding="utf-8-sig", newline="\n")
 
 
-def _matching_files(source: Source, base: Path) -> list[Path]:
+def matching_files(source: Source, base: Path) -> list[Path]:
+    """The files of a source, sorted.
+
+    Raises:
+        DataError: a path or glob matches no file.
+
+    """
     found: set[Path] = set()
     for pattern in source.files:
         path = Path(pattern)

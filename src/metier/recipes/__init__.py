@@ -12,8 +12,8 @@ from metier.progress import Progress, Silent
 if TYPE_CHECKING:
     from metier.data.audit import Audit
     from metier.evaluation.schema import Verdict
+    from metier.recipes.answering import Specialist
     from metier.recipes.planning import Plan
-    from metier.recipes.specialist import Specialist
 
 __all__ = [
     "audit",
@@ -192,7 +192,7 @@ def pretrain(
 def specialist(run: Path, arm: str | None = None) -> Specialist:
     """Load an arm of a finished run; by default the one its verdict names."""
     from metier.model.device import set_threads
-    from metier.recipes.specialist import load_specialist
+    from metier.recipes.answering import load_specialist
 
     set_threads()
     return load_specialist(run, arm)
@@ -216,7 +216,7 @@ def predict(
 
     """
     from metier.model.device import set_threads
-    from metier.recipes.specialist import predict as answer
+    from metier.recipes.answering import predict as answer
 
     set_threads()
     return answer(run, file, out, arm, progress or Silent())

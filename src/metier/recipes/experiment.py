@@ -236,7 +236,7 @@ class Experiment:
         }
         scratch = self._run.path / "unfinished" / f"{slug(arm)}-{fingerprint(inputs)[:12]}"
         path = self._run.stage(
-            f"arm-{slug(arm)}-seed {seed}",
+            f"arm-{slug(arm)}-seed{seed}",
             inputs,
             lambda p: tuning.tune(bench, arm, seed, p, scratch, self._progress),
         )
@@ -295,15 +295,12 @@ class Experiment:
 
     def _forgetting(self, arm: Arm, directories: list[Path]) -> tuple[Forgotten, ...]:
         settings = self._bench.task.forgetting
-        task_file = self._bench.base_dir / "task.yaml"
-        material = forgetting.load_material(settings, task_file)
-        before = self._ability(arm, None, material)
-        after = [self._ability(arm, path, material) for path in directories]
+        before = self._ability(arm, None)
+        after = [self._ability(arm, path) for path in directories]
         return forgetting.compare(before, after, settings)
 
-    def _ability(
-        self, arm: Arm, directory: Path | None, material: forgetting.Material
-    ) -> tuple[forgetting.Ability, ...]:
+    def _ability(self, arm: Arm, directory: Path | None) -> tuple[forgetting.Ability, ...]:
+        material = self._bench.material
         base = arm.base or self._bench.task.bases()[0]
         inputs = {
             "model": directory.name if directory else self._hashes[base],
@@ -399,12 +396,13 @@ def read_verdict(run_directory: Path) -> Verdict:
 
     """
     path = run_directory / "verdict.json"
+    remedy = "run 'metier run' to its end first"
     try:
         return Verdict.parse(json.loads(path.read_text("utf-8")), str(path))
     except (OSError, ValueError) as error:
-        raise RunError(
-            str(path), f"cannot be read ({error})", "run 'metier run' to its end first"
-        ) from None
+        raise RunError(str(path), f"cannot be read ({error})", remedy) from None
+    except ConfigError as error:
+        raise RunError(error.place, error.cause, remedy) from None
 
 
 def _mean(graded: list[runner.Graded]) -> float:

@@ -7,6 +7,7 @@ what was measured is what is served.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -23,11 +24,13 @@ from metier.model.head import HeadGenerator, load_head
 from metier.model.load import Base, load_base
 from metier.progress import Progress
 from metier.recipes.workbench import Workbench
-from metier.records import Chat, Completion, Generator
+from metier.records import Chat, Completion, Example, Generator
 from metier.retrieval.index import Index
 from metier.retrieval.lexical import LexicalIndex
 from metier.task import Arm
 from metier.text.template import Renderer
+from metier.training import preflight
+from metier.training.preflight import Prepared
 
 _CHOOSE_ON = 40
 _ABOUT = "arm.json"
@@ -88,7 +91,7 @@ def build(bench: Workbench, arm: Arm, directory: Path) -> Built:
         return Built(Classical.load(directory), None, tuple)
     about: dict[str, Any] = json.loads((directory / _ABOUT).read_text("utf-8"))
     if arm.method == "remote":
-        return _remote(bench, about["phrasing"])
+        return remote(bench, about["phrasing"])
     engine = load_engine(bench, arm, directory if arm.tuned else None)
     if arm.mode == "head":
         classifier = load_head(engine.model, directory)
@@ -126,7 +129,7 @@ def answer_length(bench: Workbench, renderer: Renderer) -> int:
 def choose_phrasing(bench: Workbench, arm: Arm, directory: Path, progress: Progress) -> None:
     """Try the phrasings of a prompted arm on validation and write the best into `directory`."""
     if arm.method == "remote":
-        inner: Callable[[str], Built] = lambda name: _remote(bench, name)  # noqa: E731
+        inner: Callable[[str], Built] = lambda name: remote(bench, name)  # noqa: E731
     else:
         engine = load_engine(bench, arm, None)
         inner = lambda name: _composed(bench, arm, engine, name)  # noqa: E731
@@ -172,6 +175,25 @@ def composer(bench: Workbench, arm: Arm, fits: arms.Fits, phrasing: str) -> Any:
     return arms.prompt(worded, fits)
 
 
+def prepare(bench: Workbench, arm: Arm, engine: Engine) -> tuple[Prepared, Prepared]:
+    """Training and validation rows of a tuned arm.
+
+    Raises:
+        TrainingError: a row could not be learned from.
+
+    """
+    compose = composer(bench, arm, arms.room_in(engine), "")
+
+    def prepared(part: Sequence[Example]) -> Prepared:
+        composed = [
+            dataclasses.replace(row, messages=(*compose(row.prompt), row.messages[-1]))
+            for row in part
+        ]
+        return preflight.prepare(composed, engine.renderer, bench.task.training, engine.context)
+
+    return prepared(bench.parts.train), prepared(bench.parts.validation)
+
+
 def _index(bench: Workbench, texts: list[str]) -> Index:
     if bench.task.retrieval.index == "bm25":
         return LexicalIndex(texts)
@@ -196,11 +218,17 @@ def _fitted(generator: Generator, engine: Engine) -> Built:
     return Built(within, engine, within.notes)
 
 
-def _remote(bench: Workbench, phrasing: str) -> Built:
-    remote = bench.task.remote
-    assert remote is not None  # noqa: S101  the task was validated so
+def remote(bench: Workbench, phrasing: str) -> Built:
+    """The remote arm.
+
+    Raises:
+        RemoteError: the address is none, or its key is not in the environment.
+
+    """
+    settings = bench.task.remote
+    assert settings is not None  # noqa: S101  the task was validated so
     limit = bench.task.max_new_tokens or max(len(row.answer) for row in bench.parts.train) + 16
-    endpoint = RemoteGenerator(remote, limit)
+    endpoint = RemoteGenerator(settings, limit)
     compose = composer(bench, Arm(method="prompt"), lambda _: True, phrasing)
     generator = arms.Composed(endpoint, compose, bench.task.kind == "classification")
     return Built(generator, None, endpoint.notes)

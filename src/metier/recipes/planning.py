@@ -104,10 +104,19 @@ def _plan_base(bench: Workbench, name: str, arms: Sequence[Arm], *, named: bool)
     found = []
     engine, speed = _measure(bench, name, local) if local else (None, Speed(1, 1, 1, 0))
     for arm in arms:
+        _check(bench, arm, engine)
         seconds = _seconds(bench, arm, engine, speed)
         shown = arm if named and arm in local else arm.model_copy(update={"base": ""})
         found.append(ArmPlan(arm=shown.name, minutes=seconds / 60, memory=speed.memory))
     return found
+
+
+def _check(bench: Workbench, arm: Arm, engine: Engine | None) -> None:
+    """Refuse now what would stop the arm after others have run."""
+    if arm.method == "remote":
+        making.remote(bench, phrasings(bench.task.kind)[0].name)
+    elif arm.tuned and engine:
+        making.prepare(bench, arm, engine)
 
 
 def _seconds(bench: Workbench, arm: Arm, engine: Engine | None, speed: Speed) -> float:

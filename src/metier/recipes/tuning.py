@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metier.evaluation.arms import room_in
 from metier.evaluation.schema import CurvePoint
 from metier.model.adapters import add_lora, save_adapter
 from metier.model.device import set_seed
@@ -17,12 +16,11 @@ from metier.model.memory import PeakMemory
 from metier.progress import Progress
 from metier.recipes import making
 from metier.recipes.workbench import Workbench
-from metier.records import Example
 from metier.task import Arm
 from metier.training import classify, preflight, sft
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    pass
 
 _FACTS = "training.json"
 
@@ -74,7 +72,7 @@ def tune(
     """
     with PeakMemory() as memory:
         base = load_base(arm.base or bench.task.bases()[0], dtype=_weights_dtype(arm))
-        rows = _render(bench, arm, base)
+        rows = making.prepare(bench, arm, making.make_engine(bench, base, base.model))
         progress.say(f"{arm.name} is trained on the text between ⟦ and ⟧:\n{rows[0].sample}")
         set_seed(seed)
         model = _trainable(bench, arm, base, seed)
@@ -96,23 +94,6 @@ def _weights_dtype(arm: Arm) -> Any:
     import torch
 
     return torch.float32 if arm.method == "full" else None
-
-
-def _render(
-    bench: Workbench, arm: Arm, base: Base
-) -> tuple[preflight.Prepared, preflight.Prepared]:
-    engine = making.make_engine(bench, base, base.model)
-    limit = engine.context
-    compose = making.composer(bench, arm, room_in(engine), "")
-
-    def prepared(part: Sequence[Example]) -> preflight.Prepared:
-        composed = [
-            dataclasses.replace(row, messages=(*compose(row.prompt), row.messages[-1]))
-            for row in part
-        ]
-        return preflight.prepare(composed, engine.renderer, bench.task.training, limit)
-
-    return prepared(bench.parts.train), prepared(bench.parts.validation)
 
 
 def _trainable(bench: Workbench, arm: Arm, base: Base, seed: int) -> Any:

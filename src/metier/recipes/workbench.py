@@ -12,6 +12,7 @@ from typing import Any
 
 from metier.data.split import Parts, corpus_overlap, read_parts
 from metier.errors import RunError
+from metier.evaluation.forgetting import Material, load_material
 from metier.graders import Grader, load_grader
 from metier.records import Example
 from metier.retrieval.chunks import read_passages
@@ -45,6 +46,11 @@ class Workbench:
         """What gives the scores."""
         answers = [example.answer for example in (*self.parts.train, *self.parts.validation)]
         return load_grader(self.task.grader, self.task.kind, answers, self.base_dir)
+
+    @cached_property
+    def material(self) -> Material:
+        """What tuned arms must not have forgotten."""
+        return load_material(self.task.forgetting, self.base_dir / "task.yaml")
 
     @cached_property
     def train_identity(self) -> str:
@@ -90,7 +96,9 @@ def open_workbench(task: Task, base_dir: Path) -> Workbench:
         passages=tuple(text for index, text in enumerate(passages) if index not in dropped),
         removed_passages={f"passage-with-{k}": len(v) for k, v in overlap.items()},
     )
-    _ = bench.grader  # a wrong grader is refused before any work
+    _ = bench.grader  # what is wrong with it is refused before any work
+    if any(arm.tuned for arm in task.chosen_arms()):
+        _ = bench.material
     return bench
 
 

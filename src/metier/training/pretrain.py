@@ -26,6 +26,7 @@ from metier.data import stream
 from metier.errors import ConfigError
 from metier.model.llama import LlamaForward, has_compiler
 from metier.progress import Progress, Silent
+from metier.task import Seed
 from metier.text import bpe
 from metier.training.loop import Loop, Plan, State, trapezoid
 from metier.training.losses import linear_cross_entropy
@@ -87,7 +88,7 @@ class PretrainConfig(Config):
     a run may be given more tokens and goes on as if it had always had them."""
     decay: Annotated[float, Field(ge=0, le=1)] = 0.4
     """Share of steps at the end in which it falls to zero."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of weights and order."""
     evaluate_every: Annotated[int, Field(ge=0)] = 250
     """Steps between held-out figures."""
@@ -143,9 +144,9 @@ def pretrain(
         progress: is told every step.
 
     """
-    _check(config)
     listener: Progress = progress or Silent()
     root = base / config.root
+    _check(config, root)
     with runs.Run(out) as run:
         tokenizer_dir = _tokenizer_stage(run, config, root, listener)
         tokens_dir = _tokens_stage(run, config, root, tokenizer_dir, listener)
@@ -154,7 +155,7 @@ def pretrain(
         return run.stage("model", about, lambda d: _export(d, model, state, tokenizer_dir, config))
 
 
-def _check(config: PretrainConfig) -> None:
+def _check(config: PretrainConfig, root: Path) -> None:
     if config.shape.hidden % config.shape.heads:
         raise ConfigError(
             "shape.heads", f"does not divide hidden ({config.shape.hidden})", "choose a divisor"
@@ -168,6 +169,11 @@ def _check(config: PretrainConfig) -> None:
             )
     if not any(source.weight > 0 for source in config.sources):
         raise ConfigError("sources", "none has a weight above 0", "give one to train on")
+    names = [source.name for source in config.sources]
+    for source in config.sources:
+        if names.count(source.name) > 1:
+            raise ConfigError("sources", f"'{source.name}' stands twice", "name each differently")
+        stream.matching_files(source, root)
 
 
 def _tokenizer_stage(run: runs.Run, config: PretrainConfig, root: Path, progress: Progress) -> Path:
@@ -401,7 +407,7 @@ def _export(
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (directory / name).write_bytes((tokenizer_dir / name).read_bytes())
     facts = {
-        "recipe": config.model_dump(mode="json"),
+        "recipe": config.model_dump(mode="json", exclude={"root"}),
         "parameters": sum(p.numel() for p in model.parameters()),
         "steps": state.step,
         "tokens_seen": state.step * config.micro_tokens * len(config.step_lengths),

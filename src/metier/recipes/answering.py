@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from metier import runs
+from metier.config import Config
 from metier.data.sources import read_examples
-from metier.errors import RunError
+from metier.errors import ConfigError, RunError
 from metier.model.generate import Engine
 from metier.progress import Progress
 from metier.recipes import making, workbench
@@ -71,25 +72,47 @@ def load_specialist(run: Path, arm: str | None) -> Specialist:
     """
     verdict = read_verdict(run)
     wanted = arm or verdict.arm
-    try:
-        index: dict[str, Any] = json.loads((run / "arms.json").read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunError(str(run / "arms.json"), f"cannot be read ({error})", "run again") from None
-    if wanted not in index["arms"]:
-        raise RunError(
-            str(run), f"has no arm '{wanted}'", f"choose from {', '.join(index['arms'])}"
-        )
-    found = index["arms"][wanted]
-    directory, data = run / found["directory"], run / index["data"]
+    index = _read_index(run / "arms.json")
+    if wanted not in index.arms:
+        raise RunError(str(run), f"has no arm '{wanted}'", f"choose from {', '.join(index.arms)}")
+    found = index.arms[wanted]
+    directory, data = run / found.directory, run / index.data
     for path in (directory, data):
         runs.verify(path)
     bench = workbench.load(data)
-    built = making.build(bench, Arm.parse(found["arm"], str(run)), directory)
+    built = making.build(bench, found.arm, directory)
     return Specialist(f"{verdict.task}:{wanted}", bench.task, built.generator, built.engine)
+
+
+class _Made(Config):
+    """Where an arm lies in its run."""
+
+    arm: Arm
+    directory: str
+
+
+class _Index(Config):
+    """What `Experiment.publish` writes into arms.json."""
+
+    data: str
+    arms: dict[str, _Made]
+
+
+def _read_index(path: Path) -> _Index:
+    remedy = "run 'metier run' again: it writes this anew"
+    try:
+        return _Index.parse(json.loads(path.read_text("utf-8")), str(path))
+    except (OSError, ValueError) as error:
+        raise RunError(str(path), f"cannot be read ({error})", remedy) from None
+    except ConfigError as error:
+        raise RunError(error.place, error.cause, remedy) from None
 
 
 def predict(run: Path, file: Path, out: Path | None, arm: str | None, progress: Progress) -> Path:
     """Answer every input of a file; see `recipes.predict`."""
+    target = out or file.with_name(f"{file.name.split('.')[0]}.answers.jsonl")
+    if target.is_dir():
+        raise RunError(str(target), "is a directory", "give the name of a file as --out")
     progress.stage("load the specialist")
     specialist = load_specialist(run, arm)
     task = specialist.task
@@ -97,7 +120,6 @@ def predict(run: Path, file: Path, out: Path | None, arm: str | None, progress: 
     rows = read_examples(
         file.name, task.kind, file.parent, task.data.format, columns, answers=False
     )
-    target = out or file.with_name(f"{file.name.split('.')[0]}.answers.jsonl")
     progress.stage("answer", len(rows))
     lines = []
     for start in range(0, len(rows), _CHUNK):
