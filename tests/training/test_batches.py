@@ -15,8 +15,13 @@ rows_of_lengths = st.lists(st.integers(2, 30), min_size=1, max_size=40).map(
 def test_padding_is_never_trained_and_nothing_is_lost() -> None:
     rows = [Row((5, 6, 7), (False, True, True)), Row((8, 9), (False, True))]
     batch = pad(rows, pad_id=0)
-    assert batch.ids.tolist() == [[5, 6, 7], [8, 9, 0]]
-    assert batch.trained.tolist() == [[False, True, True], [False, True, False]]
+    assert batch.ids[:, :4].tolist() == [[5, 6, 7, 0], [8, 9, 0, 0]]
+    assert batch.trained[:, :4].tolist() == [
+        [False, True, True, False],
+        [False, True, False, False],
+    ]
+    assert not batch.ids[:, 4:].any()
+    assert not batch.trained[:, 4:].any()
     assert (batch.weight, batch.tokens) == (3.0, 5)
 
 

@@ -16,6 +16,9 @@ from torch import Tensor
 
 from metier.text.template import Rendered
 
+# Matrix libraries set up and keep work space for every new shape, so shapes are kept few.
+_ROUND = 16
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -43,8 +46,8 @@ class PaddedBatch:
     """Rows padded on the right, where causal attention never looks.
 
     Attributes:
-        ids: shape (rows, longest).
-        trained: shape (rows, longest), never true on padding or in the first column.
+        ids: shape (rows, length).
+        trained: shape (rows, length), never true on padding or in the first column.
         lengths: shape (rows,).
         labels: shape (rows,).
         weight: trained tokens, or rows where a head is trained.
@@ -61,9 +64,10 @@ class PaddedBatch:
 
 
 def pad(rows: Sequence[Row], pad_id: int) -> PaddedBatch:
-    """Put rows into one batch."""
+    """Put rows into one batch, its length rounded up."""
     lengths = torch.tensor([len(row.ids) for row in rows])
-    ids = torch.full((len(rows), int(lengths.max())), pad_id)
+    longest = -(-int(lengths.max()) // _ROUND) * _ROUND
+    ids = torch.full((len(rows), longest), pad_id)
     trained = torch.zeros(ids.shape, dtype=torch.bool)
     for place, row in enumerate(rows):
         ids[place, : len(row.ids)] = torch.tensor(row.ids)
@@ -78,7 +82,8 @@ def cut(rows: Sequence[Row], budget: int, pad_id: int) -> list[PaddedBatch]:
     ordered = sorted(rows, key=lambda row: len(row.ids), reverse=True)
     batches = []
     while ordered:
-        count = max(1, budget // len(ordered[0].ids))
+        longest = -(-len(ordered[0].ids) // _ROUND) * _ROUND
+        count = max(1, budget // longest)
         batches.append(pad(ordered[:count], pad_id))
         ordered = ordered[count:]
     return batches

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 # "LoRA Without Regret" (Schulman et al. 2025): LoRA wants about ten times the rate of full tuning.
 LEARNING_RATES = {"lora": 2e-3, "full": 3e-4}
-_MICRO_TOKENS = 4096
+_MICRO_TOKENS = 2048
 _CHECKPOINT_SECONDS = 10.0
 
 
