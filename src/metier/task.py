@@ -278,6 +278,10 @@ class Task(Config):
                 arm.method == "classical" or arm.mode in ("likelihood", "head")
             ):
                 raise ValueError(f"the arm '{arm.name}' needs kind: classification")
+            if arm.mode == "likelihood" and arm.method not in ("prompt", "few-shot", "rag"):
+                raise ValueError(
+                    f"the arm '{arm.name}': likelihood goes with prompt, few-shot, rag"
+                )
             if arm.mode == "head" and arm.method not in ("lora", "full"):
                 raise ValueError(f"the arm '{arm.name}': only lora and full can carry a head")
             if arm.method == "remote" and self.remote is None:

@@ -208,7 +208,7 @@ FIELDS = {
     "pairs missing": Bad({"forgetting": {"pairs": ["no.jsonl"]}}, "no.jsonl", "."),
     "pairs malformed": Bad({"forgetting": {"pairs": ["rows.jsonl"]}}, "rows.jsonl:1", "."),
     "row longer than allowed": Bad(
-        {"arms": ["lora"], "training": {"max_length": 8}}, "rows.jsonl:", "tokens long"
+        {"arms": ["classical", "lora"], "training": {"max_length": 8}}, "rows.jsonl:", "tokens long"
     ),
     "base without chat template": Bad({"template": "chat"}, "", "template"),
     "budget too small": Bad({"budget": 1e-6}, "budget", "would take"),

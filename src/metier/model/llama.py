@@ -46,7 +46,7 @@ class LlamaForward:
         self._model = language_model.model
         self._config = language_model.config
         self._dtype = dtype
-        self._tables: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self._tables = (torch.empty(0),) * 3
         self._layer: Callable[..., Tensor] = (
             torch.compile(_layer, dynamic=False) if compiled else _layer
         )
@@ -67,14 +67,18 @@ class LlamaForward:
         return heads, self._config.num_key_value_heads or heads, size
 
     def _positions(self, length: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotary tables, shape (1, length, 1, head/2), and the causal mask (length, length)."""
-        if length not in self._tables:
+        """Rotary tables, shape (1, length, 1, head/2), and the causal mask (length, length).
+
+        They are kept for the longest input so far; a shorter one uses a part of them.
+        """
+        if length > len(self._tables[2]):
             inverse = self._model.rotary_emb.inv_freq
             angle = torch.arange(length, device=device)[:, None] * _wide(inverse)
             cos, sin = angle.cos()[None, :, None], angle.sin()[None, :, None]
             mask = torch.full((length, length), float("-inf"), device=device).triu(1)
-            self._tables[length] = (cos.to(self._dtype), sin.to(self._dtype), mask)
-        return self._tables[length]
+            self._tables = (cos.to(self._dtype), sin.to(self._dtype), mask)
+        cos, sin, mask = self._tables
+        return cos[:, :length], sin[:, :length], mask[:length, :length]
 
 
 def supports(model: PreTrainedModel | PeftModel) -> bool:

@@ -55,8 +55,7 @@ class Specialist:
         A greedy answer is the one that was evaluated; an arm without a language model of its own
         has no other.
         """
-        plain = temperature == 0 and max_new_tokens is None and not stop
-        if plain or self.engine is None or not isinstance(self.generator, making.WithinContext):
+        if self.engine is None or not isinstance(self.generator, making.WithinContext):
             completion = self.generator.generate([chat])[0]
             yield completion.text
             return completion

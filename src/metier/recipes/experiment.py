@@ -33,7 +33,7 @@ from metier.recipes import making, planning, tuning
 from metier.recipes.workbench import Workbench, open_workbench, read_task, save
 from metier.records import Example
 from metier.runs import Run, fingerprint
-from metier.task import TUNED_METHODS, Arm
+from metier.task import SIMPLER_METHODS, TUNED_METHODS, Arm, Task
 
 _LATENCY_CHATS = 12
 # Raise when stored results of older code must not be reused.
@@ -76,13 +76,14 @@ def run(
     """Compare the arms of a task and decide. The arguments are those of `recipes.run`."""
     began = time.monotonic()
     task = read_task(task_file, overrides)
+    _check_reference(task)
     progress.stage("read and split the data")
     bench = open_workbench(task, task_file.parent)
     planning.hold(planning.plan(bench, progress), budget or task.budget)
     with Run(out) as directory:
         experiment = Experiment(bench, directory, progress)
         candidates = experiment.make_all()
-        openings = experiment.open_test()
+        openings = experiment.open_test(candidates)
         for candidate in candidates:
             experiment.test(candidate)
         verdict, details = experiment.decide(candidates, openings)
@@ -96,6 +97,14 @@ def run(
         )
         experiment.publish(verdict, details, candidates)
     return verdict
+
+
+def _check_reference(task: Task) -> None:
+    """Refuse a comparison without a simpler arm before anything is trained or opened."""
+    if not any(arm.method in SIMPLER_METHODS for arm in task.chosen_arms()):
+        raise ConfigError(
+            "arms", "hold no simpler arm to compare with", f"add {', '.join(SIMPLER_METHODS)}"
+        )
 
 
 def train_one(task_file: Path, out: Path, overrides: Iterable[str], progress: Progress) -> Path:
@@ -127,12 +136,15 @@ class Experiment:
         for candidate in candidates:
             candidate.directories = self._make(candidate.arm)
             candidate.validation = [
-                self._graded(candidate.arm, directory, "validation")
+                runner.load_graded(
+                    self._answers(candidate.arm, directory, "validation"),
+                    self._bench.parts.validation,
+                )
                 for directory in candidate.directories
             ]
         return candidates
 
-    def open_test(self) -> int:
+    def open_test(self, candidates: list[Candidate]) -> int:
         """Record the opening of the sealed part; a run that goes on does not count twice."""
         parts = self._bench.parts
 
@@ -142,18 +154,23 @@ class Experiment:
             )
             (path / "opening.json").write_text(json.dumps({"openings": count}))
 
-        inputs = {"test": parts.test_fingerprint, "data": self._bench_dir.name}
+        inputs = {
+            "test": parts.test_fingerprint,
+            "arms": [path.name for one in candidates for path in one.directories],
+            "grader": self._bench.grader.identity,
+        }
         path = self._run.stage("opening", inputs, make)
         return int(json.loads((path / "opening.json").read_text())["openings"])
 
     def test(self, candidate: Candidate) -> None:
         """Grade an arm on the test part, and measure what else a verdict wants."""
         arm, directories = candidate.arm, candidate.directories
-        candidate.test = [self._graded(arm, path, "test") for path in directories]
+        answers = [self._answers(arm, path, "test") for path in directories]
+        candidate.test = [runner.load_graded(path, self._bench.parts.test) for path in answers]
         about = json.loads((self._measurements(arm, directories[0]) / "cost.json").read_text())
         candidate.latency = (about["p50"], about["p95"])
         candidate.peak_memory = about["peak_memory"]
-        candidate.notes = tuple(about["notes"])
+        candidate.notes = tuple(json.loads((answers[0] / "notes.json").read_text()))
         if arm.tuned and arm.mode != "head":
             candidate.forgetting = self._forgetting(arm, directories)
         elif arm.tuned:
@@ -259,7 +276,8 @@ class Experiment:
             "task": task.model_dump(mode="json", include=set(kept)),
         }
 
-    def _graded(self, arm: Arm, directory: Path, part: str) -> list[runner.Graded]:
+    def _answers(self, arm: Arm, directory: Path, part: str) -> Path:
+        """The stage with an arm's graded answers to a part, and what must be known of them."""
         bench = self._bench
         examples: tuple[Example, ...] = getattr(bench.parts, part)
         inputs = {
@@ -274,9 +292,9 @@ class Experiment:
             built = making.build(bench, arm, directory)
             graded = runner.evaluate(built.generator, examples, bench.grader, self._progress)
             runner.save_graded(path, graded)
+            (path / "notes.json").write_text(_json(built.notes()))
 
-        path = self._run.stage(f"{part}-{slug(arm)}", inputs, make)
-        return runner.load_graded(path, examples)
+        return self._run.stage(f"{part}-{slug(arm)}", inputs, make)
 
     def _measurements(self, arm: Arm, directory: Path) -> Path:
         """Latency, memory and notes of an arm, measured on validation requests."""
@@ -288,7 +306,7 @@ class Experiment:
             with PeakMemory() as memory:
                 built = making.build(bench, arm, directory)
                 p50, p95 = runner.measure_latency(built.generator, chats)
-            about = {"p50": p50, "p95": p95, "peak_memory": memory.peak, "notes": built.notes()}
+            about = {"p50": p50, "p95": p95, "peak_memory": memory.peak}
             (path / "cost.json").write_text(json.dumps(about))
 
         return self._run.stage(f"cost-{slug(arm)}", {"arm": directory.name}, make)

@@ -95,7 +95,9 @@ def build(bench: Workbench, arm: Arm, directory: Path) -> Built:
     engine = load_engine(bench, arm, directory if arm.tuned else None)
     if arm.mode == "head":
         classifier = load_head(engine.model, directory)
-        return _fitted(HeadGenerator(classifier, engine.renderer), engine)
+        return dataclasses.replace(
+            _fitted(HeadGenerator(classifier, engine.renderer), engine), engine=None
+        )
     if arm.method in ("lora", "full"):
         return _fitted(engine, engine)
     return _composed(bench, arm, engine, about["phrasing"])

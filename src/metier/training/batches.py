@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -61,6 +61,16 @@ class PaddedBatch:
     labels: Tensor
     weight: float
     tokens: int
+
+    def to(self, device: torch.device) -> PaddedBatch:
+        """The batch on a device."""
+        return replace(
+            self,
+            ids=self.ids.to(device),
+            trained=self.trained.to(device),
+            lengths=self.lengths.to(device),
+            labels=self.labels.to(device),
+        )
 
 
 def pad(rows: Sequence[Row], pad_id: int) -> PaddedBatch:

@@ -65,6 +65,7 @@ def classify(
     forward = forward_of(classifier.model)
 
     def loss(batch: PaddedBatch) -> Tensor:
+        batch = batch.to(classifier.model.device)
         logits = classifier.logits(forward(batch.ids), batch.lengths)
         return F.cross_entropy(logits, batch.labels, reduction="sum")
 

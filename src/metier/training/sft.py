@@ -155,6 +155,7 @@ def answer_loss(model: Model) -> Callable[[PaddedBatch], Tensor]:
     forward = forward_of(model)
 
     def loss(batch: PaddedBatch) -> Tensor:
+        batch = batch.to(model.device)
         picked = batch.trained[:, 1:]
         targets = batch.ids[:, 1:][picked]
         if weight is not None:
