@@ -193,6 +193,12 @@ def test_a_label_is_the_first_line(text: str, line: str) -> None:
     assert arm.generate([_chat("a")]) == [Completion(line, 7, 3)]
 
 
+def test_an_answer_ends_where_the_base_goes_on_with_the_next_turn() -> None:
+    text = '{"a": 1}\n\nsecond line\n\n### Question:\nanother'
+    arm = Composed(Echo(text), prompt(TASK, _always), until="### Question:")
+    assert arm.generate([_chat("a")]) == [Completion('{"a": 1}\n\nsecond line', 7, 3)]
+
+
 def test_choosing_takes_the_best_and_of_equal_ones_the_first() -> None:
     examples = [_example(str(at), "cards" if at % 4 else "refunds") for at in range(8)]
     grader = load_grader("exact", "classification", ["cards", "refunds"], None)

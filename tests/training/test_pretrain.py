@@ -108,7 +108,7 @@ def test_a_killed_run_ends_with_the_same_weights(
         " dtype=torch.float32)"
     )
     with subprocess.Popen([sys.executable, "-c", script, str(path)]) as child:
-        while not list((tmp_path / "out").glob("training/checkpoints/step-*5")):
+        while not list((tmp_path / "out").glob("training-*/checkpoints/step-*5")):
             assert child.poll() is None, "the run ended before it could be killed"
             time.sleep(0.01)
         child.kill()
@@ -116,6 +116,16 @@ def test_a_killed_run_ends_with_the_same_weights(
     continued = run(path, tmp_path / "out")
     weights = [(base / "model.safetensors").read_bytes() for base in (expected, continued)]
     assert weights[0] == weights[1]
+
+
+def test_more_tokens_continue_and_another_recipe_starts_anew(tmp_path: Path) -> None:
+    path = recipe(tmp_path, tokens=4 * 768)
+    run(path, tmp_path / "out")
+    longer = run(recipe(tmp_path, tokens=6 * 768), tmp_path / "out")
+    assert json.loads((longer / "training.json").read_text())["steps"] == 6
+    assert len(list((tmp_path / "out").glob("training-*"))) == 1
+    run(recipe(tmp_path, tokens=4 * 768, seed=1), tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("training-*"))) == 2
 
 
 @pytest.mark.parametrize(

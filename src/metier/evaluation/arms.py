@@ -213,22 +213,31 @@ class Composed:
         compose: makes the request of a chat.
         first_line: keep the first line of an answer only, as a label is one line and a base
             without instruction tuning goes on with more questions of its own.
+        until: keep an answer only up to this text, with which such a base goes on.
 
     """
 
     def __init__(
-        self, inner: Generator, compose: Callable[[Chat], Chat], first_line: bool = False
+        self,
+        inner: Generator,
+        compose: Callable[[Chat], Chat],
+        first_line: bool = False,
+        until: str = "",
     ) -> None:
         self._inner = inner
         self._compose = compose
         self._first_line = first_line
+        self._until = until
 
     def generate(self, chats: Sequence[Chat]) -> list[Completion]:
         """Answer each chat."""
         answers = self._inner.generate([self._compose(chat) for chat in chats])
-        return (
-            [replace(a, text=_first_line(a.text)) for a in answers] if self._first_line else answers
-        )
+        return [replace(answer, text=self._cut(answer.text)) for answer in answers]
+
+    def _cut(self, text: str) -> str:
+        if self._until:
+            text = text.partition(self._until)[0].strip()
+        return _first_line(text) if self._first_line else text
 
 
 def _first_line(text: str) -> str:

@@ -341,6 +341,8 @@ class Experiment:
     def _measured(self, candidate: Candidate) -> Measured:
         facts = self._facts(candidate)
         answers = [item for graded in candidate.test for item in graded]
+        # Ties between arms are broken by tokens: counted on validation, as every choice.
+        counted = [item.completion for graded in candidate.validation for item in graded]
         pairs = [(item.completion.text, item.example, item.score) for item in answers]
         remote = self._bench.task.remote if candidate.arm.method == "remote" else None
         dropped = sum(count for fact in facts[:1] for count in fact.dropped.values())
@@ -351,8 +353,8 @@ class Experiment:
             validation=_scores(candidate.validation),
             latency_p50=candidate.latency[0],
             latency_p95=candidate.latency[1],
-            prompt_tokens=float(np.mean([a.completion.prompt_tokens for a in answers])),
-            completion_tokens=float(np.mean([a.completion.completion_tokens for a in answers])),
+            prompt_tokens=float(np.mean([one.prompt_tokens for one in counted])),
+            completion_tokens=float(np.mean([one.completion_tokens for one in counted])),
             metrics=summarise(self._bench.task.kind, self._bench.grader, pairs, self._bench.labels),
             seeds=tuple(_seed(f, graded) for f, graded in zip(facts, candidate.test, strict=True))
             if facts

@@ -211,7 +211,8 @@ def _composed(bench: Workbench, arm: Arm, engine: Engine, phrasing: str) -> Buil
         inner = WithinContext(arms.Likelihood(engine, lambda chat: chat, bench.labels), fits)
     else:
         inner = WithinContext(engine, fits)
-    generator = arms.Composed(inner, compose, bench.task.kind == "classification")
+    until = "" if arm.tuned else engine.renderer.next_turn
+    generator = arms.Composed(inner, compose, bench.task.kind == "classification", until)
     return Built(generator, engine, lambda: (*compose.notes(), *inner.notes()))
 
 

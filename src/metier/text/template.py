@@ -47,6 +47,8 @@ class Renderer:
         tokenizer: text to ids.
         template: ``plain``, ``question-answer``, or ``chat`` (the tokenizer's own).
         stop_ids: ids that end an answer.
+        next_turn: text with which a base that was not taught to stop goes on after an answer;
+            empty where the template has none.
 
     Raises:
         ModelError: the template is ``chat`` and the tokenizer has none, or a broken one.
@@ -61,6 +63,7 @@ class Renderer:
             self._layout = _ChatLayout(tokenizer)
         else:
             self._layout = _TextLayout(tokenizer, _FORMS[template])
+        self.next_turn = "" if template == "chat" else _FORMS[template].user[0].strip()
         self.stop_ids: frozenset[int] = tokenizer.stop_ids | {self._layout.stop_id}
 
     def prompt(self, chat: Chat, tools: Tools = ()) -> list[int]:

@@ -271,6 +271,9 @@ class Loop(Generic[B]):
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": dict(state), "param_groups": groups})
         self.state = State(**found.state)
+        # A plan may have become longer since.
+        stopped_early = 0 < self._plan.patience <= self.state.waited
+        self.state.finished = stopped_early or self.state.step >= self._plan.steps
         self._best = dict(found.best)
         lines = (self._directory / "log.jsonl").read_text().splitlines()
         self._log = lines[: self.state.step]

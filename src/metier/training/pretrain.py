@@ -328,11 +328,18 @@ def _train(
         _Mix(config, tokens_dir, tokenizer),
         muon_and_adam(model, config.learning_rate, config.weight_decay),
         plan,
-        directory=run.path / "training",
+        directory=run.path / f"training-{_recipe_key(config, tokens_dir)}",
         evaluate=(lambda: _bits_per_byte(loss, held_out, progress)) if held_out else None,
         progress=progress,
     )
     return model, loop.run()
+
+
+def _recipe_key(config: PretrainConfig, tokens_dir: Path) -> str:
+    """Names the checkpoints of a recipe; how long it trains and looks is not part of it."""
+    free = {"tokens", "root", "checkpoint_seconds", "evaluate_every", "evaluation_windows"}
+    recipe = config.model_dump(mode="json", exclude=free)
+    return runs.fingerprint([recipe, tokens_dir.name])[:12]
 
 
 def _new_model(config: PretrainConfig) -> LlamaForCausalLM:
