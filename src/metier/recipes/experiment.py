@@ -26,7 +26,7 @@ from metier.evaluation.report import write_report
 from metier.evaluation.schema import ArmDetails, DataSummary, Forgotten, SeedResult, Verdict
 from metier.evaluation.verdict import decide
 from metier.graders import summarise
-from metier.model.load import base_hash
+from metier.model.load import base_hash, locate
 from metier.model.memory import PeakMemory
 from metier.progress import Progress
 from metier.recipes import making, planning, tuning
@@ -34,6 +34,8 @@ from metier.recipes.workbench import Workbench, open_workbench, read_task, save
 from metier.records import Example
 from metier.runs import Run, fingerprint
 from metier.task import SIMPLER_METHODS, TUNED_METHODS, Arm, Task
+from metier.text.template import Renderer
+from metier.text.tokenizer import Tokenizer
 
 _LATENCY_CHATS = 12
 # Raise when stored results of older code must not be reused.
@@ -123,7 +125,14 @@ class Experiment:
 
     def __init__(self, bench: Workbench, directory: Run, progress: Progress) -> None:
         self._bench, self._run, self._progress = bench, directory, progress
-        self._hashes = {name: base_hash(name) for name in bench.task.bases()}
+        # What decides a base's answers: its weights, and how chats become ids.
+        self._hashes = {
+            name: [
+                base_hash(name),
+                Renderer(Tokenizer.load(locate(name)), bench.task.template).fingerprint,
+            ]
+            for name in bench.task.bases()
+        }
         self._bench_dir = directory.stage(
             "data",
             {"rows": bench.train_identity, "task": bench.task.model_dump(mode="json")},

@@ -55,7 +55,7 @@ class Workbench:
     @cached_property
     def train_identity(self) -> str:
         """Hash of all that arms are made from: training and validation part, labels, passages."""
-        rows = [[row.id, row.messages, row.tools] for row in self.parts.train]
+        rows = [[row.id, row.group, row.messages, row.tools] for row in self.parts.train]
         held = [[row.id, row.messages, row.tools] for row in self.parts.validation]
         return fingerprint([rows, held, self.labels, self.passages])
 
