@@ -1,0 +1,54 @@
+"""The figures that the documentation quotes are those in the files beside the benchmarks."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "results.md"
+CARD = ROOT / "src" / "metier" / "model" / "starter" / "README.md"
+
+
+@pytest.fixture(scope="module")
+def verdicts() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("verdicts", ROOT / "benchmarks" / "verdicts.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_table_of_verdicts_is_that_of_the_files(verdicts: ModuleType) -> None:
+    page = PAGE.read_text("utf-8")
+    assert verdicts.BEGIN + verdicts.table() + verdicts.END in page
+
+
+def test_every_kept_verdict_follows_the_schema_and_belongs_to_a_task(verdicts: ModuleType) -> None:
+    kept = sorted(path.stem for path in verdicts.RESULTS.glob("*.json"))
+    assert set(kept) <= set(verdicts.TASKS)
+    for name in kept:
+        verdict = verdicts.read(name)
+        assert verdict.command.startswith("metier ")
+        assert {"metier", "torch", "processor", "cores"} <= verdict.versions.keys()
+
+
+def test_a_changed_score_is_noticed(verdicts: ModuleType) -> None:
+    verdict = verdicts.read("stdlib")
+    best = verdict.arms[0]
+    other = best.model_copy(update={"score": best.score.model_copy(update={"mean": 0.123})})
+    changed = verdict.model_copy(update={"arms": (other, *verdict.arms[1:])})
+    assert verdicts.row("stdlib", changed) not in PAGE.read_text("utf-8")
+
+
+@pytest.mark.parametrize("document", [PAGE, CARD], ids=lambda path: path.name)
+def test_blimp_is_quoted_as_measured(document: Path) -> None:
+    (row,) = json.loads((ROOT / "benchmarks/results/blimp.json").read_text("utf-8"))["rows"]
+    quoted = re.search(r"BLiMP.*?([0-9]+\.[0-9]) %", document.read_text("utf-8"))
+    assert quoted
+    assert float(quoted[1]) == round(100 * row["value"], 1)
