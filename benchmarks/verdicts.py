@@ -83,10 +83,8 @@ def table() -> str:
         "| task | rows: training / test | simpler arms | tuned arms | verdict | minutes |",
         "|---|---|---|---|---|---|",
     ]
-    for name in TASKS:
-        if (RESULTS / f"{name}.json").exists():
-            lines.append(row(name, read(name)))
-    return "\n".join(lines) + "\n"
+    kept = [name for name in TASKS if (RESULTS / f"{name}.json").exists()]
+    return "\n".join([*lines, *(row(name, read(name)) for name in kept)]) + "\n"
 
 
 def read(name: str) -> Verdict:

@@ -18,7 +18,8 @@ CARD = ROOT / "src" / "metier" / "model" / "starter" / "README.md"
 @pytest.fixture(scope="module")
 def verdicts() -> ModuleType:
     spec = importlib.util.spec_from_file_location("verdicts", ROOT / "benchmarks" / "verdicts.py")
-    assert spec and spec.loader
+    assert spec
+    assert spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
