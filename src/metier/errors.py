@@ -9,6 +9,7 @@
     ├── TrainingError            training refused to start, or stopped to save the run
     ├── RunError                 a run directory that is damaged, locked or missing
     ├── BudgetError              the work would not fit the budget
+    ├── RequestError             a request that a specialist cannot answer as asked
     ├── RemoteError              an endpoint that failed or answered nonsense
     └── MissingExtraError        an optional dependency that is not installed
 
@@ -64,6 +65,22 @@ class BudgetError(MetierError):
 
 class RemoteError(MetierError):
     """An endpoint failed or answered nonsense."""
+
+
+class RequestError(MetierError):
+    """A request that a specialist cannot answer as asked.
+
+    Args:
+        place: the parameter of the request, as OpenAI names it.
+        cause: what is wrong with it.
+        remedy: what to do about it.
+        code: OpenAI's short name of the error.
+
+    """
+
+    def __init__(self, place: str, cause: str, remedy: str, code: str) -> None:
+        super().__init__(place, cause, remedy)
+        self.code = code
 
 
 class MissingExtraError(MetierError):

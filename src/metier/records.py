@@ -77,7 +77,7 @@ class Completion:
         text: the answer.
         prompt_tokens: tokens read (0 for arms without a language model).
         completion_tokens: tokens written.
-        finished: False when the answer was cut at the length limit.
+        finished: False when the answer was cut at the length limit, or the request refused.
         probability: the arm's own probability of its answer, where it has one.
 
     """
@@ -87,6 +87,11 @@ class Completion:
     completion_tokens: int = 0
     finished: bool = True
     probability: float | None = None
+
+    @property
+    def refused(self) -> bool:
+        """The request is longer than the model's context: nothing was read, nothing written."""
+        return not (self.finished or self.text or self.prompt_tokens or self.completion_tokens)
 
 
 class Generator(Protocol):

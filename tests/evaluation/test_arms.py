@@ -13,6 +13,7 @@ from metier.evaluation.arms import (
     Composed,
     Likelihood,
     choose,
+    ended,
     few_shot,
     prompt,
     rag,
@@ -197,6 +198,14 @@ def test_an_answer_ends_where_the_base_goes_on_with_the_next_turn() -> None:
     text = '{"a": 1}\n\nsecond line\n\n### Question:\nanother'
     arm = Composed(Echo(text), prompt(TASK, _always), until="### Question:")
     assert arm.generate([_chat("a")]) == [Completion('{"a": 1}\n\nsecond line', 7, 3)]
+
+
+@pytest.mark.parametrize(
+    ("text", "finished"), [("billing", False), ("billing\nQuestion", True), ("billing # x", True)]
+)
+def test_only_an_answer_that_did_not_reach_its_end_was_cut(text: str, finished: bool) -> None:
+    answer = ended(Completion(text, 7, 3, finished=False), ("#", "\n"))
+    assert answer == Completion("billing", 7, 3, finished)
 
 
 def test_choosing_takes_the_best_and_of_equal_ones_the_first() -> None:

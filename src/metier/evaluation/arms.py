@@ -215,6 +215,10 @@ class Composed:
             without instruction tuning goes on with more questions of its own.
         until: keep an answer only up to this text, with which such a base goes on.
 
+    Attributes:
+        compose: makes the request of a chat.
+        stop: texts at which an answer ends; they are not part of it.
+
     """
 
     def __init__(
@@ -225,23 +229,22 @@ class Composed:
         until: str = "",
     ) -> None:
         self._inner = inner
-        self._compose = compose
-        self._first_line = first_line
-        self._until = until
+        self.compose = compose
+        self.stop = tuple(text for text in (until, "\n" if first_line else "") if text)
 
     def generate(self, chats: Sequence[Chat]) -> list[Completion]:
         """Answer each chat."""
-        answers = self._inner.generate([self._compose(chat) for chat in chats])
-        return [replace(answer, text=self._cut(answer.text)) for answer in answers]
-
-    def _cut(self, text: str) -> str:
-        if self._until:
-            text = text.partition(self._until)[0].strip()
-        return _first_line(text) if self._first_line else text
+        answers = self._inner.generate([self.compose(chat) for chat in chats])
+        return [ended(answer, self.stop) for answer in answers]
 
 
-def _first_line(text: str) -> str:
-    return text.strip().partition("\n")[0].strip()
+def ended(answer: Completion, stop: Sequence[str]) -> Completion:
+    """An answer up to the first of some texts; one that has reached it is finished."""
+    text = answer.text.strip()
+    ends = [text.find(one) for one in stop if one in text]
+    if not ends:
+        return replace(answer, text=text)
+    return replace(answer, text=text[: min(ends)].rstrip(), finished=True)
 
 
 class Likelihood:
