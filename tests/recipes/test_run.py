@@ -69,7 +69,7 @@ def test_training_goes_on_after_a_kill(tmp_path: Path, stories260k: Path) -> Non
     command = [Path(sys.executable).with_name("metier"), "run", task, "--out", "run"]
     run = tmp_path / "run"
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL) as child:
-        while not list(run.glob("unfinished/lora-*/checkpoints/step-*")):
+        while not list(run.glob("unfinished/arm-lora-*/checkpoints/step-*")):
             assert child.poll() is None, "the run ended before it could be killed"
             time.sleep(0.05)
         child.kill()

@@ -10,7 +10,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,20 +26,16 @@ from metier.evaluation.report import write_report
 from metier.evaluation.schema import ArmDetails, DataSummary, Forgotten, SeedResult, Verdict
 from metier.evaluation.verdict import decide
 from metier.graders import summarise
-from metier.model.load import base_hash, locate
 from metier.model.memory import PeakMemory
 from metier.progress import Progress
 from metier.recipes import making, planning, tuning
+from metier.recipes.keys import Inputs, Keys
 from metier.recipes.workbench import Workbench, open_workbench, read_task, save
 from metier.records import Example
 from metier.runs import Run, fingerprint
 from metier.task import SIMPLER_METHODS, TUNED_METHODS, Arm, Task
-from metier.text.template import Renderer
-from metier.text.tokenizer import Tokenizer
 
 _LATENCY_CHATS = 12
-# Raise when stored results of older code must not be reused.
-_EDITION = 1
 
 
 @dataclass
@@ -125,19 +121,8 @@ class Experiment:
 
     def __init__(self, bench: Workbench, directory: Run, progress: Progress) -> None:
         self._bench, self._run, self._progress = bench, directory, progress
-        # What decides a base's answers: its weights, and how chats become ids.
-        self._hashes = {
-            name: [
-                base_hash(name),
-                Renderer(Tokenizer.load(locate(name)), bench.task.template).fingerprint,
-            ]
-            for name in bench.task.bases()
-        }
-        self._bench_dir = directory.stage(
-            "data",
-            {"rows": bench.train_identity, "task": bench.task.model_dump(mode="json")},
-            lambda path: save(bench, path),
-        )
+        self._keys = Keys(bench)
+        self._bench_dir = directory.stage("data", self._keys.data(), lambda path: save(bench, path))
 
     def make_all(self) -> list[Candidate]:
         """Make every arm and grade it on validation."""
@@ -163,12 +148,12 @@ class Experiment:
             )
             (path / "opening.json").write_text(json.dumps({"openings": count}))
 
-        inputs = {
-            "test": parts.test_fingerprint,
-            "arms": [path.name for one in candidates for path in one.directories],
-            "grader": self._bench.grader.identity,
-        }
-        path = self._run.stage("opening", inputs, make)
+        answers = [
+            self._keys.answers(one.arm, path, parts.test)
+            for one in candidates
+            for path in one.directories
+        ]
+        path = self._run.stage("opening", self._keys.opening(answers), make)
         return int(json.loads((path / "opening.json").read_text())["openings"])
 
     def test(self, candidate: Candidate) -> None:
@@ -243,57 +228,35 @@ class Experiment:
             return [self.tune(arm, seed) for seed in bench.task.training.seeds]
         if arm.method == "classical":
             self._progress.stage("fit classical")
-            inputs = self._inputs(arm) | {"parts": "train+validation"}
+            inputs = self._keys.making(arm)
             return [self._run.stage(name, inputs, lambda p: making.fit_classical(bench, p))]
         return [
             self._run.stage(
                 name,
-                self._inputs(arm),
+                self._keys.making(arm),
                 lambda p: making.choose_phrasing(bench, arm, p, self._progress),
             )
         ]
 
     def tune(self, arm: Arm, seed: int) -> Path:
         """Train an arm with one seed, or find it trained."""
-        bench = self._bench
-        inputs = self._inputs(arm) | {
-            "training": bench.task.training.model_dump(mode="json", exclude={"seeds"}),
-            "seed": seed,
-        }
-        scratch = self._run.path / "unfinished" / f"{slug(arm)}-{fingerprint(inputs)[:12]}"
-        path = self._run.stage(
+        return self._resumable(
             f"arm-{slug(arm)}-seed{seed}",
-            inputs,
-            lambda p: tuning.tune(bench, arm, seed, p, scratch, self._progress),
+            self._keys.making(arm, seed),
+            lambda p, scratch: tuning.tune(self._bench, arm, seed, p, scratch, self._progress),
         )
+
+    def _resumable(self, name: str, inputs: Inputs, make: Callable[[Path, Path], None]) -> Path:
+        """A stage whose `make` is also given a directory that outlives an interruption."""
+        scratch = self._run.path / "unfinished" / f"{name}-{fingerprint(inputs)[:12]}"
+        path = self._run.stage(name, inputs, lambda target: make(target, scratch))
         shutil.rmtree(scratch, ignore_errors=True)
         return path
-
-    def _inputs(self, arm: Arm) -> dict[str, Any]:
-        """Everything the making of an arm depends on."""
-        task = self._bench.task
-        kept = ("kind", "instruction", "good", "bad", "template", "max_new_tokens", "retrieval")
-        base = arm.base or task.bases()[0]
-        remote = task.remote.model_dump(mode="json") if task.remote else None
-        return {
-            "edition": _EDITION,
-            "arm": arm.name,
-            "base": None if arm.method in ("classical", "remote") else self._hashes[base],
-            "remote": remote if arm.method == "remote" else None,
-            "data": self._bench.train_identity,
-            "grader": self._bench.grader.identity,
-            "task": task.model_dump(mode="json", include=set(kept)),
-        }
 
     def _answers(self, arm: Arm, directory: Path, part: str) -> Path:
         """The stage with an arm's graded answers to a part, and what must be known of them."""
         bench = self._bench
         examples: tuple[Example, ...] = getattr(bench.parts, part)
-        inputs = {
-            "arm": directory.name,
-            "grader": bench.grader.identity,
-            "rows": [[row.id, row.messages] for row in examples],
-        }
 
         def make(path: Path) -> None:
             seed = f", {directory.name.split('-')[-2]}" if arm.tuned else ""
@@ -303,6 +266,7 @@ class Experiment:
             runner.save_graded(path, graded)
             (path / "notes.json").write_text(_json(built.notes()))
 
+        inputs = self._keys.answers(arm, directory, examples)
         return self._run.stage(f"{part}-{slug(arm)}", inputs, make)
 
     def _measurements(self, arm: Arm, directory: Path) -> Path:
@@ -318,7 +282,7 @@ class Experiment:
             about = {"p50": p50, "p95": p95, "peak_memory": memory.peak}
             (path / "cost.json").write_text(json.dumps(about))
 
-        return self._run.stage(f"cost-{slug(arm)}", {"arm": directory.name}, make)
+        return self._run.stage(f"cost-{slug(arm)}", self._keys.cost(arm, directory), make)
 
     def _forgetting(self, arm: Arm, directories: list[Path]) -> tuple[Forgotten, ...]:
         settings = self._bench.task.forgetting
@@ -328,11 +292,6 @@ class Experiment:
 
     def _ability(self, arm: Arm, directory: Path | None) -> tuple[forgetting.Ability, ...]:
         material = self._bench.material
-        base = arm.base or self._bench.task.bases()[0]
-        inputs = {
-            "model": directory.name if directory else self._hashes[base],
-            "material": fingerprint([material.texts, [str(p) for p in material.pairs]]),
-        }
 
         def make(path: Path) -> None:
             self._progress.stage(f"what {arm.name if directory else 'the base'} knows")
@@ -343,7 +302,7 @@ class Experiment:
             (path / "ability.json").write_text(_json([a.model_dump(mode="json") for a in found]))
 
         name = f"ability-{slug(arm)}" if directory else "ability-base"
-        path = self._run.stage(name, inputs, make)
+        path = self._run.stage(name, self._keys.ability(arm, directory), make)
         values = json.loads((path / "ability.json").read_text())
         return tuple(forgetting.Ability.parse(value, str(path)) for value in values)
 

@@ -54,10 +54,10 @@ class Workbench:
 
     @cached_property
     def train_identity(self) -> str:
-        """Hash of all that arms are made from: training and validation part, labels, passages."""
+        """Hash of the training and validation part, in all that arms learn from."""
         rows = [[row.id, row.group, row.messages, row.tools] for row in self.parts.train]
         held = [[row.id, row.messages, row.tools] for row in self.parts.validation]
-        return fingerprint([rows, held, self.labels, self.passages])
+        return fingerprint([rows, held])
 
 
 def read_task(task_file: Path, overrides: Iterable[str] = ()) -> Task:
