@@ -24,7 +24,7 @@ from tests.recipes.conftest import write_task
 BOMB = "a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\n"
 PRETRAIN: dict[str, Any] = {
     "name": "small",
-    "tokens": 1000,
+    "tokens": 20_000,
     "sources": [{"name": "corpus", "files": ["corpus.jsonl"]}],
 }
 NOWHERE = {"base_url": "nowhere", "model": "m", "api_key_env": "PATH"}

@@ -8,21 +8,27 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from metier.data import stream
 from metier.data.stream import (
     Document,
     Source,
     TokenFile,
     Windows,
     documents,
+    file_hashes,
     is_held_out,
     permute,
     write_tokens,
 )
 from metier.errors import DataError
+from metier.text.bpe import train_bpe
 
 
 def source(*files: str, **values: object) -> Source:
     return Source.parse({"name": "part", "files": files, **values}, "test")
+
+
+NOISE = np.random.default_rng(0).bytes(4000).hex().encode()
 
 
 def lines(*texts: str) -> bytes:
@@ -48,11 +54,18 @@ def test_documents_of_every_format_in_the_order_of_their_files(tmp_path: Path) -
         ("a.jsonl", b'{"body": "x"}\n', "field 'text'"),
         ("a.jsonl", b'{"text": "x"\n', "no JSON object"),
         ("a.jsonl", b'["text"]\n', "no JSON object"),
+        ("a.jsonl", b"[" * 100_000, "no JSON object"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', "half a character"),
+        ("a.jsonl", b'{"text": "x"}\n\0\n', "NUL byte"),
+        ("a.jsonl", b'{"text": "' + b"x" * 10_000_000 + b'"}\n', "longer than"),
         ("a.jsonl", lines("fine") + b'{"text": "\xff"}\n', "not UTF-8"),
         ("a.txt", b"\xff\xfe", "not UTF-8"),
-        ("a.jsonl.gz", gzip.compress(lines("x" * 4000))[:-9], "cannot be read"),
-        ("a.jsonl.gz", b"plain", "cannot be read"),
-        ("a.jsonl.zst", b"plain", "damaged"),
+        ("a.txt", "text".encode("utf-16-le"), "NUL byte"),
+        ("a.jsonl.gz", gzip.compress(lines("x" * 4000))[:-9], "no complete gzip"),
+        ("a.jsonl.gz", gzip.compress(NOISE)[:40] + bytes(40), "no complete gzip"),
+        ("a.jsonl.gz", b"plain", "no complete gzip"),
+        ("a.jsonl.zst", b"plain", "no valid zstd"),
+        ("a.txt.zst", zstandard.compress(NOISE)[:-2000], "cut short"),
     ],
 )
 def test_unreadable_files_name_their_place(
@@ -64,9 +77,71 @@ def test_unreadable_files_name_their_place(
     assert name in caught.value.place
 
 
-def test_a_pattern_without_files_is_refused(tmp_path: Path) -> None:
+def test_the_place_is_the_line(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines("one", "two") + b'{"text": "caf\xe9"}\n')
+    with pytest.raises(DataError) as caught:
+        list(documents(source("a.jsonl"), tmp_path))
+    assert caught.value.place.endswith("a.jsonl:3")
+
+
+@pytest.mark.parametrize("pattern", ["*.jsonl", "", "**/none*", "/no/such/*.txt", "folder"])
+def test_a_pattern_without_files_is_refused(tmp_path: Path, pattern: str) -> None:
+    (tmp_path / "folder").mkdir()
     with pytest.raises(DataError, match="no file matches"):
-        list(documents(source("*.jsonl"), tmp_path))
+        list(documents(source(pattern), tmp_path))
+
+
+def test_patterns_may_be_absolute_or_deep_and_names_may_look_like_patterns(tmp_path: Path) -> None:
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    for name in ("deep/er/a.txt", "deep/b[1].txt"):
+        (tmp_path / name).write_text(name)
+    for pattern in ("**/*.txt", f"{tmp_path}/**/*.txt"):
+        found = [document.text for document in documents(source(pattern), tmp_path)]
+        assert found == ["deep/b[1].txt", "deep/er/a.txt"]
+    (found,) = documents(source("deep/b[1].txt"), tmp_path)
+    assert found.text == "deep/b[1].txt"
+
+
+def test_empty_files_hold_no_documents(tmp_path: Path) -> None:
+    for name, content in (
+        ("a.txt", b""), ("a.jsonl", b"\n \n"), ("a.txt.gz", gzip.compress(b"")),
+        ("a.jsonl.zst", zstandard.compress(b"")), ("b.txt.gz", b""),
+    ):  # fmt: skip
+        (tmp_path / name).write_bytes(content)
+    assert not list(documents(source("?.*"), tmp_path))
+
+
+def test_a_large_text_file_becomes_several_documents_cut_between_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "MAX_DOCUMENT", 1000)
+    for text in ("one two three\n" * 300, "word " * 600, "x" * 2500, "a" * 1000):
+        (tmp_path / "a.txt").write_text(text)
+        found = [document.text for document in documents(source("a.txt"), tmp_path)]
+        assert "".join(found) == text
+        assert max(map(len, found)) <= 1000
+        assert len(found) <= len(text) // 980 + 1
+        if " " in text:
+            assert all(part[-1] == "\n" or part[0] == " " for part in found[1:-1])
+    (tmp_path / "a.txt").write_bytes(b"line\n" * 300 + b"\xff")
+    with pytest.raises(DataError, match="not UTF-8 in or after") as caught:
+        list(documents(source("a.txt"), tmp_path))
+    assert caught.value.place.endswith("a.txt:1")
+
+
+def test_files_are_identified_by_path_and_content(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    file = tmp_path / "sub" / "a.txt"
+    file.write_text("one")
+    before = file_hashes(source("sub/*"), tmp_path)
+    assert before == {
+        "sub/a.txt": "7692c3ad3540bb803c020b3aee66cd8887123234ea0c6e7143c0add73ff431ed"
+    }
+    file.touch()
+    assert file_hashes(source("sub/*"), tmp_path) == before
+    file.write_text("two")
+    assert file_hashes(source("sub/*"), tmp_path) != before
+    assert list(file_hashes(source(str(file)), tmp_path / "sub" / "other")) == [str(file)]
 
 
 def test_held_out_documents_are_chosen_by_their_text() -> None:
@@ -108,6 +183,88 @@ def test_token_files_keep_documents_apart(tmp_path: Path) -> None:
     assert token_file(tmp_path / "b.bin").ids.tolist() == []
 
 
+class Batches:
+    """An encoder that keeps what it was given."""
+
+    def __init__(self, directory: Path) -> None:
+        from tokenizers import Tokenizer
+
+        self.raw = Tokenizer.from_file(str(directory / "tokenizer.json"))
+        self.raw.encode_special_tokens = True
+        self.seen: list[list[str]] = []
+
+    def __call__(self, texts: list[str]) -> list[list[int]]:
+        self.seen.append(texts)
+        return [found.ids for found in self.raw.encode_batch(texts, add_special_tokens=False)]
+
+
+@pytest.fixture(scope="module")
+def batches(tmp_path_factory: pytest.TempPathFactory) -> Batches:
+    directory = tmp_path_factory.mktemp("bpe")
+    train_bpe(["the cat sat on a mat.\n\n  It's 12345 \t birds!\r\n" * 50], 330, directory)
+    return Batches(directory)
+
+
+def write(encode: Batches, path: Path, texts: list[str]) -> list[int]:
+    encode.seen = []
+    write_tokens(iter(texts), encode, path, bos=0, eos=1, vocabulary=330)
+    found = TokenFile(path)
+    assert found.documents == len(texts)
+    assert found.text_bytes == sum(len(text.encode()) for text in texts)
+    return found.ids.tolist()
+
+
+def test_batches_are_bounded_by_number_and_bytes(
+    tmp_path: Path, batches: Batches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "_PIECE", 500)
+    monkeypatch.setattr(stream, "_BATCH", 8)
+    monkeypatch.setattr(stream, "_BATCH_BYTES", 2000)
+    long = "the cat sat on a mat. " * 1000
+    for texts in ([long], ["cat"] * 100, ["cat", long, "é" * 999, "", "🙂" * 5000]):
+        write(batches, tmp_path / "a.bin", texts)
+        assert "".join("".join(batch) for batch in batches.seen) == "".join(texts)
+        for batch in batches.seen:
+            assert len(batch) <= 8
+            assert max(map(len, batch)) <= 500
+            assert sum(len(text.encode()) for text in batch) <= 2000
+
+
+def longest_unparted(text: str) -> int:
+    """Characters between places where a space follows a word, or a line begins with one."""
+    places = [
+        i
+        for i in range(1, len(text))
+        if (text[i] == " " and not text[i - 1].isspace())
+        or (text[i - 1] == "\n" and not text[i].isspace())
+    ]
+    return int(np.diff([0, *places, len(text)]).max())
+
+
+@given(
+    st.text(st.sampled_from("ab1 \t\r\n.'!sé日\u00a0\u2028\x1c\x85<|eos|>"), max_size=80),
+    st.integers(1, 5),
+)
+@settings(deadline=None, max_examples=150)
+def test_a_document_in_pieces_has_the_tokens_of_the_whole(
+    tmp_path_factory: pytest.TempPathFactory, batches: Batches, text: str, more: int
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "pieces.bin"
+    whole = write(batches, path, [text])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stream, "_PIECE", longest_unparted(text) + more)
+        assert write(batches, path, [text]) == whole
+
+
+def test_pieces_cut_anywhere_would_have_other_tokens(
+    tmp_path: Path, batches: Batches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = write(batches, tmp_path / "a.bin", ["the cat sat on a mat"])
+    monkeypatch.setattr(stream, "_PIECE", 5)
+    monkeypatch.setattr(stream, "_cut", lambda text, start, end: end)
+    assert write(batches, tmp_path / "a.bin", ["the cat sat on a mat"]) != whole
+
+
 def breaks() -> np.ndarray:
     found = np.zeros(300, dtype=bool)
     found[[1, ord("\n")]] = True
@@ -136,7 +293,88 @@ def test_weights_set_the_share_of_each_file(tmp_path: Path) -> None:
     assert share == pytest.approx(0.75, abs=0.01)
 
 
-def test_a_corpus_shorter_than_its_windows_is_refused(tmp_path: Path) -> None:
-    file = token_file(tmp_path / "a.bin", "short")
-    with pytest.raises(DataError, match="three windows"):
-        Windows([(file, 1.0)], length=64, seed=0, bos=1, breaks=breaks())
+def numbered(path: Path, first: int, size: int) -> TokenFile:
+    """A file of tokens that are all different."""
+    ids = list(range(first + 1, first + size - 1))
+    write_tokens(iter(["x"]), lambda _: [ids], path, bos=first, eos=first + size - 1, vocabulary=2)
+    return TokenFile(path)
+
+
+@given(
+    sizes=st.tuples(st.integers(10, 200), st.integers(10, 200)),
+    weights=st.tuples(st.sampled_from([0.3, 1, 1.5, 2]), st.sampled_from([1, 2.5, 3])),
+    length=st.integers(1, 10),
+    seed=st.integers(0, 2**32 - 1),
+)
+@settings(deadline=None, max_examples=25)
+def test_a_pass_sees_every_slot_as_often_as_its_file_weighs(
+    tmp_path_factory: pytest.TempPathFactory,
+    sizes: tuple[int, int],
+    weights: tuple[float, float],
+    length: int,
+    seed: int,
+) -> None:
+    directory = tmp_path_factory.getbasetemp()
+    files = [
+        numbered(directory / f"{part}.bin", part * 500, size) for part, size in enumerate(sizes)
+    ]
+
+    def windows() -> Windows:
+        return Windows(
+            list(zip(files, weights, strict=True)),
+            length=length, seed=seed, bos=999, breaks=np.zeros(1000, bool),
+        )  # fmt: skip
+
+    made = windows()
+    ever = np.zeros(1000, int)
+    for epoch in range(length):
+        rows = [made[epoch * made.count + i] for i in range(made.count)]
+        assert all(row[0] == 999 for row in rows)
+        assert np.array_equal(windows()[epoch * made.count], rows[0])
+        seen = np.bincount(np.concatenate([row[1:] for row in rows]), minlength=1000)
+        ever += seen
+        for part, (size, weight) in enumerate(zip(sizes, weights, strict=True)):
+            counts = seen[part * 500 : part * 500 + size]
+            inside = np.sort(counts)[size % length :]  # the rest is no whole slot in this pass
+            slots = size // length
+            assert inside.sum() == length * max(1, round(slots * weight))
+            assert inside.max() - inside.min() <= 1
+            assert (np.sort(counts)[: size % length] == 0).all()
+    if min(weights) >= 1:  # each of `length` passes shifts the slots by another number
+        assert all(ever[part * 500 : part * 500 + size].all() for part, size in enumerate(sizes))
+
+
+@given(
+    st.text("ab\n", min_size=40, max_size=300),
+    st.integers(1, 20),
+    st.integers(0, 10**6),
+)
+@settings(deadline=None, max_examples=60)
+def test_a_window_is_a_stretch_of_the_file_and_begins_at_a_paragraph_if_its_slot_has_one(
+    tmp_path_factory: pytest.TempPathFactory, text: str, length: int, index: int
+) -> None:
+    file = token_file(tmp_path_factory.getbasetemp() / "text.bin", text)
+    first, again = (
+        Windows([(file, 1.0)], length=length, seed=3, bos=1, breaks=breaks())[index]
+        for _ in range(2)
+    )
+    assert np.array_equal(first, again)
+    assert first[0] == 1
+    ring = "".join(map(chr, file.ids.tolist())) * 3
+    window = "".join(map(chr, first[1:]))
+    assert len(window) == length
+    assert window in ring
+    starts = [place for place in range(len(file.ids)) if ring.startswith(window, place)]
+    before = [ring[(place - 1) % len(file.ids)] for place in starts]
+    # Else a window's length before it is free of line ends.
+    assert any(c in "\n\x01" for c in before) or any(
+        not set("\n\x01") & set(ring[place : place + length]) for place in starts
+    )
+
+
+def test_a_source_shorter_than_a_window_is_refused(tmp_path: Path) -> None:
+    long, short = token_file(tmp_path / "a.bin", "x" * 99), token_file(tmp_path / "b.bin", "short")
+    with pytest.raises(DataError, match="has 7 tokens to train on") as caught:
+        Windows([(long, 1.0), (short, 1.0)], length=64, seed=0, bos=1, breaks=breaks())
+    assert caught.value.place == "source 'b'"
+    Windows([(long, 1.0), (short, 0.0)], length=64, seed=0, bos=1, breaks=breaks())

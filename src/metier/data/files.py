@@ -52,7 +52,7 @@ def read_rows(path: Path) -> Iterator[Row]:
     """
     suffix = _check(path)
     empty = True
-    with _open(path) as handle, _file_errors(path):
+    with open_binary(path) as handle, file_errors(path):
         try:
             for row in _reader(path, suffix, handle):
                 empty = False
@@ -67,7 +67,7 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 
 @contextmanager
-def _file_errors(path: Path) -> Iterator[None]:
+def file_errors(path: Path) -> Iterator[None]:
     """Errors of decompression and of the disk, as errors about the file."""
     try:
         yield
@@ -112,7 +112,8 @@ def _neighbours(path: Path) -> str:
 
 
 @contextmanager
-def _open(path: Path) -> Iterator[BinaryIO]:
+def open_binary(path: Path) -> Iterator[BinaryIO]:
+    """Open a plain, .gz or .zst file; `file_errors` explains what goes wrong while it is read."""
     try:
         raw = path.open("rb")
     except OSError as error:
@@ -171,7 +172,7 @@ class _ZstdReader(io.RawIOBase):
 def _reader(path: Path, suffix: str, handle: BinaryIO) -> Iterator[Row]:
     if suffix == ".parquet":
         return _parquet(path, handle)
-    lines = _lines(path, handle)
+    lines = text_lines(path, handle)
     if suffix == ".jsonl":
         return _json_lines(path, lines)
     if suffix == ".json":
@@ -179,7 +180,7 @@ def _reader(path: Path, suffix: str, handle: BinaryIO) -> Iterator[Row]:
     return _table(path, lines, "," if suffix == ".csv" else "\t")
 
 
-def _lines(path: Path, handle: BinaryIO) -> Iterator[str]:
+def text_lines(path: Path, handle: BinaryIO) -> Iterator[str]:
     """Lines of UTF-8 text with their ends; the first line's byte order mark is dropped."""
     number, offset = 0, 0
     while raw := handle.readline(MAX_ROW + 1):

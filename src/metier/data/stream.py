@@ -7,23 +7,32 @@ run resumes exactly and a corpus larger than memory costs no more of it.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import io
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Annotated, Any, cast
+from typing import Annotated, Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from metier import runs
 from metier.config import Config
+from metier.data.files import file_errors, open_binary, text_lines
 from metier.errors import DataError
 
+MAX_DOCUMENT = 16_000_000
+_PIECE = 100_000
 _BATCH = 256
-_MAX_DOCUMENT = 64_000_000
+_BATCH_BYTES = 2_000_000
+# A tokenizer that keeps line ends, and spaces before words, in tokens of their own or with what
+# follows (`text.bpe` does) sees the same two parts on both sides of these places.
+_BETWEEN_TOKENS = re.compile(r"(?s).+(?:(?<=\n)(?=\S)|(?<=\S)(?= ))")
 
 
 class Source(Config):
@@ -32,7 +41,8 @@ class Source(Config):
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
     """Name in logs and figures."""
     files: Annotated[tuple[str, ...], Field(min_length=1)]
-    """Paths or globs: JSON lines or plain text (one document a file), also .gz and .zst."""
+    """Paths or globs: JSON lines or plain text (one document a file, several in a file of more
+    than 16 million characters), also .gz and .zst."""
     weight: Annotated[float, Field(ge=0)] = 1.0
     """Passes over this source in one pass of the corpus, as in The Pile (Gao et al. 2020,
     arXiv 2101.00027); 0 keeps it for evaluation only."""
@@ -58,32 +68,17 @@ def documents(source: Source, base: Path) -> Iterator[Document]:
 
     """
     for path in matching_files(source, base):
-        if _plain_name(path).endswith((".jsonl", ".json")):
-            yield from _json_lines(path, source.field)
-        else:
-            yield from _whole_text(path)
+        with open_binary(path) as handle, file_errors(path):
+            if _plain_name(path).endswith((".jsonl", ".json")):
+                yield from _json_lines(path, handle, source.field)
+            else:
+                yield from _whole_text(path, handle)
 
 
 def is_held_out(document: Document, share: float) -> bool:
     """Whether a document is kept for held-out figures: a function of its text alone."""
     digest = hashlib.sha256(document.text.encode()).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
-
-
-def open_text(path: Path) -> IO[str]:
-    """Open a plain, .gz or .zst file as UTF-8 text."""
-    binary: IO[bytes]
-    if path.suffix == ".gz":
-        import gzip
-
-        binary = cast(IO[bytes], gzip.open(path, "rb"))  # noqa: SIM115
-    elif path.suffix == ".zst":
-        import zstandard
-
-        binary = cast(IO[bytes], zstandard.open(path, "rb"))
-    else:
-        binary = path.open("rb")
-    return io.TextIOWrapper(binary, encoding="utf-8-sig", newline="\n")
 
 
 def matching_files(source: Source, base: Path) -> list[Path]:
@@ -95,61 +90,80 @@ def matching_files(source: Source, base: Path) -> list[Path]:
     """
     found: set[Path] = set()
     for pattern in source.files:
-        path = Path(pattern)
-        matches = list(base.glob(pattern)) if not path.is_absolute() else [path]
-        matches = [match for match in matches if match.is_file()]
+        names = [pattern, *glob.glob(pattern, root_dir=base, recursive=True)]
+        matches = [base / name for name in names if (base / name).is_file()]
         if not matches:
             raise DataError(
-                f"source '{source.name}'", f"no file matches '{base / path}'", "check the path"
+                f"source '{source.name}'", f"no file matches '{base / pattern}'", "check the path"
             )
         found.update(matches)
     return sorted(found)
+
+
+def file_hashes(source: Source, base: Path) -> dict[str, str]:
+    """SHA-256 of every file of a source, by its path from `base` (the whole path outside it).
+
+    Content and not time of change: a copied or touched corpus is still the same one.
+    """
+    return {
+        path.relative_to(base).as_posix() if path.is_relative_to(base) else str(path): (
+            runs.file_hash(path)
+        )
+        for path in matching_files(source, base)
+    }
 
 
 def _plain_name(path: Path) -> str:
     return path.name.removesuffix(".gz").removesuffix(".zst")
 
 
-def _whole_text(path: Path) -> Iterator[Document]:
-    for piece in _guarded(path, lambda handle: iter(lambda: handle.read(_MAX_DOCUMENT), "")):
-        yield Document(_unix(piece[1]), str(path))
+def _whole_text(path: Path, handle: BinaryIO) -> Iterator[Document]:
+    line = 1
+    try:
+        for text in _blocks(handle):
+            if "\0" in text:
+                raise DataError(
+                    f"{path}:{line}",
+                    "a NUL byte stands in or after this line",
+                    "is this a binary or UTF-16 file? Save it as plain UTF-8 text",
+                )
+            yield Document(_unix(text), f"{path}:{line}")
+            line += text.count("\n")
+    except UnicodeDecodeError as error:
+        cause = f"is not UTF-8 in or after this line ({error.reason})"
+        raise DataError(f"{path}:{line}", cause, "save the file as UTF-8") from None
 
 
-def _json_lines(path: Path, field: str) -> Iterator[Document]:
-    for number, line in _guarded(path, iter):
+def _blocks(handle: BinaryIO) -> Iterator[str]:
+    """The text of a file, whole or in parts of at most MAX_DOCUMENT characters."""
+    with io.TextIOWrapper(handle, encoding="utf-8-sig", newline="\n") as reader:
+        text = reader.read(MAX_DOCUMENT)
+        while len(text) == MAX_DOCUMENT:
+            end = _cut(text, 0, MAX_DOCUMENT)
+            yield text[:end]
+            text = text[end:] + reader.read(end)
+        if text:
+            yield text
+
+
+def _json_lines(path: Path, handle: BinaryIO, field: str) -> Iterator[Document]:
+    for number, line in enumerate(text_lines(path, handle), start=1):
         if not line.strip():
             continue
         place = f"{path}:{number}"
         try:
             text = json.loads(line)[field]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(
                 place, f"is no JSON object with the field '{field}' ({error})", "mend the line"
             ) from None
         if not isinstance(text, str):
             raise DataError(place, f"the field '{field}' is not text", "give text")
+        if re.search("[\ud800-\udfff]", text):
+            raise DataError(
+                place, f"the field '{field}' holds half a character", "mend the \\u escape"
+            )
         yield Document(_unix(text), place)
-
-
-def _guarded(path: Path, parts: Callable[[IO[str]], Iterator[str]]) -> Iterator[tuple[int, str]]:
-    """Number the parts of a file; unreadable bytes become a DataError with their place."""
-    number = 0
-    try:
-        with open_text(path) as handle:
-            for number, part in enumerate(parts(handle), start=1):
-                yield number, part
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}:{number + 1}", f"is not UTF-8 ({error.reason})", "save the file as UTF-8"
-        ) from None
-    except (OSError, EOFError) as error:
-        raise DataError(
-            f"{path}:{number + 1}", f"cannot be read ({error})", "check the file"
-        ) from None
-    except Exception as error:
-        if type(error).__module__.startswith("zstandard"):
-            raise DataError(str(path), f"is damaged ({error})", "make the file again") from None
-        raise
 
 
 def _unix(text: str) -> str:
@@ -160,6 +174,7 @@ class TokenFile:
     """A flat file of token ids, mapped into memory.
 
     Attributes:
+        name: of the source it was made from.
         ids: shape (tokens,), little-endian uint16 or uint32.
         text_bytes: UTF-8 bytes of the text behind them.
 
@@ -167,6 +182,7 @@ class TokenFile:
 
     def __init__(self, path: Path) -> None:
         about: dict[str, Any] = json.loads(path.with_suffix(".json").read_text())
+        self.name = path.stem
         self.text_bytes: int = about["bytes"]
         self.documents: int = about["documents"]
         empty = path.stat().st_size == 0  # which cannot be mapped
@@ -186,26 +202,58 @@ def write_tokens(
     eos: int,
     vocabulary: int,
 ) -> None:
-    """Tokenise a stream of documents into a TokenFile: ``bos text eos`` for each."""
+    """Tokenise a stream of documents into a TokenFile: ``bos text eos`` for each.
+
+    `encode` is given at most 2 MB of text at once, so a long document in several pieces.
+    """
     dtype = "<u2" if vocabulary <= 65_536 else "<u4"
     size, count = 0, 0
     with path.open("wb") as handle:
-        for batch in _batches(texts):
-            size += sum(len(text.encode()) for text in batch)
-            count += len(batch)
-            for ids in encode(batch):
-                handle.write(np.array([bos, *ids, eos], dtype=dtype).tobytes())
+        for batch in _batches(_pieces(texts)):
+            size += sum(piece.bytes for piece in batch)
+            count += sum(piece.last for piece in batch)
+            for piece, ids in zip(batch, encode([piece.text for piece in batch]), strict=True):
+                row = [bos] * piece.first + ids + [eos] * piece.last
+                handle.write(np.array(row, dtype=dtype).tobytes())
     about = {"dtype": dtype, "bytes": size, "documents": count}
     path.with_suffix(".json").write_text(json.dumps(about))
 
 
-def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
+class _Piece(NamedTuple):
+    """Part of a document, and whether it is the first and the last one."""
+
+    text: str
+    bytes: int
+    first: bool
+    last: bool
+
+
+def _pieces(texts: Iterator[str]) -> Iterator[_Piece]:
     for text in texts:
-        batch.append(text)
-        if len(batch) == _BATCH:
+        start, end = 0, -1
+        while end < len(text):
+            end = _cut(text, start, start + _PIECE) if len(text) > start + _PIECE else len(text)
+            piece = text[start:end]
+            yield _Piece(piece, len(piece.encode()), start == 0, end == len(text))
+            start = end
+
+
+def _cut(text: str, start: int, end: int) -> int:
+    """Where to end a piece of ``text[start:end]``: the last place that parts no token, if any."""
+    found = _BETWEEN_TOKENS.match(text, start, end)
+    return found.end() if found else end
+
+
+def _batches(pieces: Iterator[_Piece]) -> Iterator[list[_Piece]]:
+    """Pieces in order, in batches bounded by their number and their bytes."""
+    batch: list[_Piece] = []
+    size = 0
+    for piece in pieces:
+        if batch and (len(batch) == _BATCH or size + piece.bytes > _BATCH_BYTES):
             yield batch
-            batch = []
+            batch, size = [], 0
+        batch.append(piece)
+        size += piece.bytes
     if batch:
         yield batch
 
@@ -231,8 +279,10 @@ def permute(index: int, size: int, key: int) -> int:
 class Windows:
     """Windows of ``1 + length`` tokens over weighted token files, in a seeded endless order.
 
-    A window is one BOS and `length` tokens that begin at a paragraph, so that BOS always means the
-    start of one. Each pass shifts the windows, so that their edges fall elsewhere.
+    A file is a ring of slots of `length` tokens, and in every pass each slot starts as many windows
+    as its file's weight says. A window is one BOS and `length` tokens from the first paragraph that
+    begins in its slot, so that BOS means the start of one wherever there is one. Each pass shifts
+    the slots, so that their edges fall elsewhere.
     """
 
     def __init__(
@@ -256,14 +306,17 @@ class Windows:
         """
         self._files = [(file, weight) for file, weight in files if weight > 0]
         self.length, self._seed, self._bos, self._breaks = length, seed, bos, breaks
+        for file, _ in self._files:
+            if len(file.ids) < length:
+                raise DataError(
+                    f"source '{file.name}'",
+                    f"has {len(file.ids):,} tokens to train on, less than a window of {length:,}",
+                    "give more text or shorter windows, or leave it out",
+                )
         self._counts = [
-            round(max(0, len(file.ids) // length - 2) * weight) for file, weight in self._files
+            max(1, round(len(file.ids) // length * weight)) for file, weight in self._files
         ]
         self.count = sum(self._counts)
-        if self.count == 0:
-            raise DataError(
-                "corpus", f"has fewer than three windows of {length} tokens", "give more text"
-            )
 
     def __getitem__(self, index: int) -> NDArray[np.int64]:
         """Token ids of window `index` (any non-negative number), shape (1 + length,)."""
@@ -276,10 +329,13 @@ class Windows:
         raise IndexError(index)
 
     def _window(self, file: TokenFile, place: int, epoch: int) -> NDArray[np.int64]:
-        possible = len(file.ids) // self.length - 2
         shift = permute(epoch % self.length, self.length, self._seed)
-        start = (place % possible) * self.length + shift
-        found = np.flatnonzero(self._breaks[file.ids[start : start + self.length]])
+        start = place % (len(file.ids) // self.length) * self.length + shift
+        found = np.flatnonzero(self._breaks[self._slice(file, start)])
         start += int(found[0]) + 1 if len(found) else 0
-        window = file.ids[start : start + self.length].astype(np.int64)
-        return np.concatenate((np.array([self._bos]), window))
+        return np.concatenate((np.array([self._bos]), self._slice(file, start)))
+
+    def _slice(self, file: TokenFile, start: int) -> NDArray[np.int64]:
+        """`length` tokens from `start` on; after the last one comes the first."""
+        places = np.arange(start, start + self.length)
+        return file.ids.take(places, mode="wrap").astype(np.int64)
