@@ -1,5 +1,6 @@
 import json
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from metier.errors import TrainingError
+from metier.runs import file_hash
 from metier.training.loop import Loop, Plan, cosine, trapezoid
 
 
@@ -118,10 +120,45 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(tmp_path: Path, at: i
     found = loop.run()
 
     assert torch.equal(weights(whole), weights(continued))
-    assert found == expected
+    assert found == expected, "but for the seconds"
     logs = [(tmp_path / name / "log.jsonl").read_bytes() for name in ("whole", "cut")]
     assert logs[0] == logs[1]
     assert len(logs[0].splitlines()) == 30
+
+
+class SlowStream(DyingStream):
+    """Every step takes a tenth of a second."""
+
+    def step(self, index: int) -> list[Points]:
+        time.sleep(0.1)
+        return super().step(index)
+
+
+def test_seconds_are_those_of_all_starts(tmp_path: Path) -> None:
+    _, loop = make(SlowStream(at=4), steps=6, directory=tmp_path)
+    with pytest.raises(Killed):
+        loop.run()
+    _, loop = make(SlowStream(at=99), steps=6, directory=tmp_path)
+    state = loop.run()
+    assert state.seconds >= 0.6, "two of the six steps belong to the second start"
+    _, loop = make(SlowStream(at=0), steps=6, directory=tmp_path)
+    assert loop.run().seconds == state.seconds, "nothing was left to do"
+
+
+def test_a_checkpoint_from_before_seconds_were_kept_is_read(tmp_path: Path) -> None:
+    _, loop = make(DyingStream(20), directory=tmp_path)
+    with pytest.raises(Killed):
+        loop.run()
+    for path in (tmp_path / "checkpoints").iterdir():
+        saved = json.loads((path / "state.json").read_text())
+        del saved["state"]["seconds"]
+        (path / "state.json").write_text(json.dumps(saved))
+        manifest = json.loads((path / "manifest.json").read_text())
+        manifest["files"]["state.json"] = file_hash(path / "state.json")
+        (path / "manifest.json").write_text(json.dumps(manifest))
+    _, loop = make(Stream(), directory=tmp_path)
+    assert loop.run().step == 30
+    assert loop.state.seconds > 0
 
 
 def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ from metier.records import Example
 from metier.task import Lora, Training
 from metier.text.template import Renderer
 from metier.training.batches import Row, cut
-from metier.training.classify import classify, label_rows
+from metier.training.classify import head_loss, label_rows
 from metier.training.preflight import prepare
-from metier.training.sft import answer_loss, sft
+from metier.training.sft import answer_loss, fit
 
 NAMES = ("Lily", "Tom", "Ben", "Mia")
 ANSWERS = {"dog": "animal", "cake": "food", "park": "place"}
@@ -48,12 +48,11 @@ def test_training_learns_the_answers(stories260k: Path, method: str) -> None:
     training = Training(epochs=12, batch_tokens=256, patience=0)
     rows = rows_of(renderer, training)
     model = add_lora(base.model, Lora(rank=4), 0) if method == "lora" else base.model
-    trained = sft(
-        model, rows, rows, training, learning_rate=5e-3, seed=0, pad_id=base.tokenizer.pad_id
-    )
-    losses = [point["validation_loss"] for point in trained.state.curve]
+    pad_id, loss = base.tokenizer.pad_id, answer_loss(model)
+    state = fit(model, loss, rows, rows, training, learning_rate=5e-3, seed=0, pad_id=pad_id)
+    losses = [point["validation_loss"] for point in state.curve]
     assert losses[-1] < losses[0] / 2
-    assert trained.state.best_loss == min(losses)
+    assert state.best_loss == min(losses)
 
 
 def test_the_loss_is_cross_entropy_on_the_answer_alone(stories260k: Path) -> None:
@@ -96,7 +95,8 @@ def test_a_head_learns_its_labels_and_comes_back(stories260k: Path, tmp_path: Pa
     labels = tuple(sorted(ANSWERS.values()))
     rows = label_rows(prepared.rows, prepared.examples, labels)
     classifier = Classifier(base.model, labels)
-    classify(classifier, rows, rows, training, learning_rate=5e-3, seed=0, pad_id=0)
+    loss = head_loss(classifier)
+    fit(classifier, loss, rows, rows, training, learning_rate=5e-3, seed=0, pad_id=0)
     chats = [row.prompt for row in examples()]
     answers = HeadGenerator(classifier, renderer).generate(chats)
     right = sum(a.text == e.answer for a, e in zip(answers, examples(), strict=True))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from metier.evaluation.schema import CurvePoint
 from metier.model.adapters import add_lora, save_adapter
-from metier.model.device import set_seed
+from metier.model.device import compute_dtype, set_seed
 from metier.model.head import Classifier, save_head
 from metier.model.load import Base, load_base
 from metier.model.memory import PeakMemory
@@ -18,9 +18,7 @@ from metier.recipes import making
 from metier.recipes.workbench import Workbench
 from metier.task import Arm
 from metier.training import classify, preflight, sft
-
-if TYPE_CHECKING:
-    pass
+from metier.training.loop import State
 
 _FACTS = "training.json"
 
@@ -34,7 +32,7 @@ class Facts:
         steps: optimiser steps done.
         best_step: the step whose parameters were kept.
         validation_loss: at that step.
-        seconds: of training.
+        seconds: of training, over every interruption.
         peak_memory: bytes of this process while training.
         curve: one point per pass over the data.
         sample: one training example as text, trained tokens marked.
@@ -77,9 +75,9 @@ def tune(
         set_seed(seed)
         model = _trainable(bench, arm, base, seed)
         progress.stage(f"train {arm.name}, seed {seed}", _steps(bench, rows[0]))
-        trained = _fit(bench, arm, base, model, rows, seed, scratch, progress)
+        state = _fit(bench, arm, base, model, rows, seed, scratch, progress)
     _write(arm, base, model, directory)
-    _write_facts(trained, rows[0], seed, memory.peak, directory)
+    _write_facts(state, rows[0], seed, memory.peak, directory)
 
 
 def read_facts(directory: Path) -> Facts:
@@ -119,7 +117,7 @@ def _fit(
     seed: int,
     scratch: Path,
     progress: Progress,
-) -> sft.Trained:
+) -> State:
     training = bench.task.training
     method = "full" if arm.method == "full" else "lora"
     settings: dict[str, Any] = {
@@ -129,20 +127,19 @@ def _fit(
         "directory": scratch,
         "progress": progress,
     }
-    train, validation = rows
-    if arm.mode != "head":
-        return sft.sft(model, train.rows, validation.rows, training, **settings)
-    labelled = [classify.label_rows(p.rows, p.examples, bench.labels) for p in rows]
-    return classify.classify(model, labelled[0], labelled[1], training, **settings)
+    if arm.mode == "head":
+        train, held = (classify.label_rows(p.rows, p.examples, bench.labels) for p in rows)
+        return sft.fit(model, classify.head_loss(model), train, held, training, **settings)
+    train, held = (p.rows for p in rows)
+    return sft.fit(model, sft.answer_loss(model), train, held, training, **settings)
 
 
 def _write(arm: Arm, base: Base, model: Any, directory: Path) -> None:
     making.write_about(directory, arm, "")
     tuned = model.model if arm.mode == "head" else model
     if arm.method == "full":
-        import torch
-
-        tuned.to(torch.bfloat16).save_pretrained(directory)
+        # In what the device computes in, as it is loaded again: what is served was trained so.
+        tuned.to(compute_dtype(tuned.device)).save_pretrained(directory)
         base.tokenizer.save(directory)
     else:
         save_adapter(tuned, directory, base)
@@ -151,15 +148,14 @@ def _write(arm: Arm, base: Base, model: Any, directory: Path) -> None:
 
 
 def _write_facts(
-    trained: sft.Trained, rows: preflight.Prepared, seed: int, peak: int, directory: Path
+    state: State, rows: preflight.Prepared, seed: int, peak: int, directory: Path
 ) -> None:
-    state = trained.state
     facts = {
         "seed": seed,
         "steps": state.step,
         "best_step": state.best_step,
         "validation_loss": state.best_loss,
-        "seconds": trained.seconds,
+        "seconds": state.seconds,
         "peak_memory": peak,
         "curve": state.curve,
         "sample": rows.sample,

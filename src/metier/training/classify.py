@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from torch import Tensor
 from torch.nn import functional as F
 
 from metier.errors import TrainingError
 from metier.model.head import Classifier
-from metier.progress import Progress
 from metier.records import Example
-from metier.task import Training
 from metier.training.batches import PaddedBatch, Row
 from metier.training.forward import forward_of
-from metier.training.sft import Trained, fit
 
 
 def label_rows(
@@ -49,19 +45,8 @@ def label_rows(
     return found
 
 
-def classify(
-    classifier: Classifier,
-    train: Sequence[Row],
-    validation: Sequence[Row],
-    training: Training,
-    *,
-    learning_rate: float,
-    seed: int,
-    pad_id: int,
-    directory: Path | None = None,
-    progress: Progress | None = None,
-) -> Trained:
-    """Train head and language model on labelled rows; arguments as in `sft.sft`."""
+def head_loss(classifier: Classifier) -> Callable[[PaddedBatch], Tensor]:
+    """Sum of cross-entropies over the labels of a batch."""
     forward = forward_of(classifier.model)
 
     def loss(batch: PaddedBatch) -> Tensor:
@@ -69,15 +54,4 @@ def classify(
         logits = classifier.logits(forward(batch.ids), batch.lengths)
         return F.cross_entropy(logits, batch.labels, reduction="sum")
 
-    return fit(
-        classifier,
-        loss,
-        train,
-        validation,
-        training,
-        learning_rate=learning_rate,
-        seed=seed,
-        pad_id=pad_id,
-        directory=directory,
-        progress=progress,
-    )
+    return loss

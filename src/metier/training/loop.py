@@ -83,6 +83,8 @@ class State:
     finished: bool = False
     train_sum: float = 0.0
     train_steps: int = 0
+    seconds: float = field(default=0.0, compare=False)
+    """Wall time of all its steps, over every interruption; steps done again count once."""
 
 
 def cosine(steps: int, warmup: float) -> Callable[[int], float]:
@@ -152,11 +154,13 @@ class Loop(Generic[B]):
 
         """
         self._resume()
+        began = time.monotonic() - self.state.seconds
         saved = time.monotonic()
         self._progress.advance(self.state.step)
         while not self.state.finished:
             self._step()
             self._maybe_evaluate()
+            self.state.seconds = time.monotonic() - began
             due = time.monotonic() - saved > self._plan.checkpoint_seconds
             if due or self.state.finished:
                 self._save()

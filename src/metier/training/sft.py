@@ -1,15 +1,13 @@
 """Supervised fine-tuning: learn the answers, full or with an adapter.
 
 The loss is next-token cross-entropy on the answer and its stop token only. The model is trained
-in place and keeps the parameters of its best validation loss. Left out on purpose here:
-classification heads (`classify`), preferences.
+in place and keeps the parameters of its best validation loss. With
+`classify.head_loss` the same loop trains a classification head.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,63 +35,6 @@ _MICRO_TOKENS = 2048
 _CHECKPOINT_SECONDS = 10.0
 
 
-@dataclass(frozen=True)
-class Trained:
-    """How a training went.
-
-    Attributes:
-        state: steps, best loss, learning curve.
-        seconds: wall time of this process's part of it.
-
-    """
-
-    state: State
-    seconds: float
-
-
-def sft(
-    model: Model,
-    train: Sequence[Row],
-    validation: Sequence[Row],
-    training: Training,
-    *,
-    learning_rate: float,
-    seed: int,
-    pad_id: int,
-    directory: Path | None = None,
-    progress: Progress | None = None,
-) -> Trained:
-    """Train the parameters of `model` that require gradients on the answers of `train`.
-
-    Args:
-        model: a causal language model; frozen weights may be in bfloat16.
-        train: rows, checked by `preflight.prepare`.
-        validation: rows on which early stopping decides.
-        training: epochs, batch size, schedule, patience.
-        learning_rate: peak.
-        seed: of the order and of dropout.
-        pad_id: id to pad with.
-        directory: receives checkpoints and the log; an interrupted run goes on from there.
-        progress: is told every step.
-
-    Raises:
-        TrainingError: the gradient was not finite three times in a row.
-
-    """
-    return fit(
-        model,
-        answer_loss(model),
-        train,
-        validation,
-        training,
-        learning_rate=learning_rate,
-        seed=seed,
-        pad_id=pad_id,
-        directory=directory,
-        progress=progress,
-    )
-
-
 def fit(
     model: torch.nn.Module,
     loss: Callable[[PaddedBatch], Tensor],
@@ -104,11 +45,30 @@ def fit(
     learning_rate: float,
     seed: int,
     pad_id: int,
-    directory: Path | None,
-    progress: Progress | None,
-) -> Trained:
-    """Run the loop over rows with AdamW, a cosine and early stopping once a pass."""
-    began = time.monotonic()
+    directory: Path | None = None,
+    progress: Progress | None = None,
+) -> State:
+    """Train the parameters of `model` that require gradients, with AdamW and a cosine.
+
+    Args:
+        model: frozen weights may be in bfloat16.
+        loss: summed over a batch: `answer_loss` of the model, or `classify.head_loss`.
+        train: rows, checked by `preflight.prepare`.
+        validation: rows on which early stopping decides, once a pass.
+        training: epochs, batch size, schedule, patience.
+        learning_rate: peak.
+        seed: of the order and of dropout.
+        pad_id: id to pad with.
+        directory: receives checkpoints and the log; an interrupted run goes on from there.
+        progress: is told every step.
+
+    Returns:
+        steps, seconds, best loss, learning curve.
+
+    Raises:
+        TrainingError: the gradient was not finite three times in a row.
+
+    """
     batches = row_batches(train, training, seed=seed, pad_id=pad_id)
     steps = batches.steps_per_epoch * training.epochs
     plan = Plan(
@@ -135,7 +95,7 @@ def fit(
         evaluate=evaluate if held_out else None,
         progress=progress or Silent(),
     )
-    return Trained(loop.run(), time.monotonic() - began)
+    return loop.run()
 
 
 def row_batches(rows: Sequence[Row], training: Training, *, seed: int, pad_id: int) -> RowBatches:
