@@ -4,7 +4,7 @@ WORKERS ?= 2
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup demo test lint types check bench pins
+.PHONY: help setup demo test lint types check bench reference pins
 
 help:  ## Show what can be made.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ check: lint types test  ## Everything a change must pass.
 
 bench: $(READY)  ## Measure again what the documentation claims; writes benchmarks/results.
 	set -e; for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python $$script; done
+
+reference: $(READY)  ## Write docs/reference.md from the code.
+	$(BIN)/python docs/write_reference.py
 
 pins: $(READY)  ## Write constraints.txt from what is installed in .venv.
 	{ head -n 2 constraints.txt; $(BIN)/pip freeze --exclude-editable | sed 's/+cpu$$//'; } > constraints.new

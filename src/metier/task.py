@@ -225,9 +225,13 @@ class Task(Config):
     template: TemplateName = "question-answer"
     """How a chat becomes text: plain, question-answer, or the base's own chat template."""
     grader: str | dict[str, Any] = "auto"
-    """Short name (exact, token_f1, rouge_l, chrf, fields) or an OpenAI-style grader."""
+    """What gives the scores: auto, exact, fields, token_f1, rouge_l, chrf, regex:PATTERN,
+    python:FILE.py:FUNCTION, or the mapping of an OpenAI-style grader. auto: exact for
+    classification, fields where answers are JSON, token_f1 or rouge_l else."""
     arms: tuple[str, ...] = ()
-    """Arms to compare; by default all simpler ones that fit the kind, and lora."""
+    """Arms to compare: prompt, few-shot, rag, classical, lora, full, lora+rag, remote; for a closed
+    label set also with a mode, e.g. prompt/likelihood or full/head. By default all simpler ones
+    that fit the kind, and lora."""
     split: Split = Split()
     """How the data is split."""
     training: Training = Training()

@@ -14,6 +14,7 @@ class Estimate(Config):
     """A mean with its 95 % confidence interval."""
 
     mean: float
+    """The mean."""
     low: float
     """Lower end of the interval."""
     high: float
@@ -24,6 +25,7 @@ class SeedResult(Config):
     """One training of a tuned arm."""
 
     seed: int
+    """Of the adapter's start, the order of rows and dropout."""
     test_score: float
     """Mean over the test examples, 0 to 1."""
     validation_loss: float
@@ -42,6 +44,7 @@ class Forgotten(Config):
     unit: str
     """Unit of `before` and `after`."""
     lower_is_better: bool
+    """Whether a smaller figure is the better one."""
     before: Estimate
     """The base."""
     after: Estimate
@@ -49,6 +52,7 @@ class Forgotten(Config):
     loss: Estimate
     """How much worse it became (positive is worse), in the units of `tolerance`."""
     tolerance: float
+    """Largest loss that is accepted."""
     holds: bool
     """Non-inferiority: the upper bound of the loss is within the tolerance."""
 
@@ -87,6 +91,7 @@ class ArmResult(Config):
     test: str = ""
     """Which test gave the p-value."""
     seeds: tuple[SeedResult, ...] = ()
+    """One result per training of a tuned arm."""
     latency_p50: float
     """Seconds for one request alone, median."""
     latency_p95: float
@@ -171,7 +176,8 @@ class Verdict(Config):
     made: str = ""
     """When, ISO 8601."""
     seconds: float = 0.0
-    """How long all of it took."""
+    """Making every stage it rests on (arms, answers, measurements), whenever that was. Of a stage
+    that was interrupted only the last start counts, but of a training every start."""
     versions: dict[str, str] = {}
     """Versions and hardware it was made with."""
 
