@@ -1,9 +1,10 @@
 import json
 import math
 import random
+import signal
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,10 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from metier.errors import ConfigError
+from metier.errors import ConfigError, DataError
+from metier.progress import Silent
 from metier.runs import verify
+from metier.training import pretrain as module
 from metier.training.pretrain import PretrainConfig, pretrain
 
 WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "dog", "ran", "to", "two", "birds", "sang")
@@ -50,8 +53,11 @@ def recipe(directory: Path, **changes: object) -> Path:
     return path
 
 
-def run(path: Path, out: Path) -> Path:
-    return pretrain(PretrainConfig.load(path), path.parent, out, dtype=torch.float32)
+def run(path: Path, out: Path, progress: Silent | None = None) -> Path:
+    return pretrain(
+        PretrainConfig.load(path), path.parent, out,
+        device=torch.device("cpu"), dtype=torch.float32, progress=progress,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +81,8 @@ def test_the_base_learns_and_loads_in_plain_transformers(trained: tuple[Path, Pa
     curve = about["curve"]
     assert set(curve[0]) >= {"first", "second", "other", "step", "validation_loss"}
     assert curve[-1]["validation_loss"] < curve[0]["validation_loss"]
+    for point in curve:  # 'other' is only watched
+        assert point["validation_loss"] == pytest.approx((point["first"] + point["second"]) / 2)
     verify(base)
 
 
@@ -96,26 +104,124 @@ def test_bits_per_byte_is_what_transformers_computes(trained: tuple[Path, Path])
     assert nats / math.log(2) / size == pytest.approx(curve[-1]["other"], rel=0.08)
 
 
-def test_a_killed_run_ends_with_the_same_weights(
+class Interrupted(Silent):
+    """Ends the program at a stage, or after so many steps of training."""
+
+    def __init__(self, at: str, end: Callable[[], None]) -> None:
+        self.at, self.end, self.steps = at, end, 0
+
+    def stage(self, name: str, total: float | None = None) -> None:
+        if self.at in name:
+            self.end()
+
+    def advance(self, n: float = 1, **info: object) -> None:
+        self.steps += n
+        if self.at == str(self.steps):
+            self.end()
+
+    def say(self, text: str) -> None:
+        if self.at in text:
+            self.end()
+
+
+KILLED = """
+import os
+from tests.training.test_pretrain import *
+torch.set_num_threads(1)
+end = lambda: os.kill(os.getpid(), signal.SIGKILL)
+path = Path(sys.argv[1])
+run(path, path.parent / "out", Interrupted(sys.argv[2], end))
+"""
+
+
+def test_a_run_killed_in_every_stage_ends_with_the_same_weights(
     trained: tuple[Path, Path], tmp_path: Path
 ) -> None:
     _, expected = trained
     path = recipe(tmp_path, checkpoint_seconds=0.001)
-    script = (
-        "import sys, torch; from pathlib import Path; torch.set_num_threads(1)\n"
-        "from metier.training.pretrain import *\n"
-        "p = Path(sys.argv[1]); pretrain(PretrainConfig.load(p), p.parent, p.parent / 'out',"
-        " dtype=torch.float32)"
-    )
-    with subprocess.Popen([sys.executable, "-c", script, str(path)]) as child:
-        while not list((tmp_path / "out").glob("training-*/checkpoints/step-*5")):
-            assert child.poll() is None, "the run ended before it could be killed"
-            time.sleep(0.01)
-        child.kill()
-    assert not list((tmp_path / "out").glob("model-*"))
+    for at, left in (
+        ("train tokenizer", set()),
+        ("tokenise second", {"tokenizer"}),
+        ("17", {"tokenizer", "tokens", "training"}),
+    ):
+        done = subprocess.run([sys.executable, "-c", KILLED, str(path), at], check=False)
+        assert done.returncode == -signal.SIGKILL
+        found = {name.name.split("-")[0] for name in (tmp_path / "out").glob("[!.]*")}
+        assert found == left
+    assert list((tmp_path / "out").glob("training-*/checkpoints/step-*16"))
     continued = run(path, tmp_path / "out")
-    weights = [(base / "model.safetensors").read_bytes() for base in (expected, continued)]
-    assert weights[0] == weights[1]
+    assert not list((tmp_path / "out").rglob(".partial-*"))
+    assert weights(continued) == weights(expected)
+
+
+def weights(base: Path) -> bytes:
+    return (base / "model.safetensors").read_bytes()
+
+
+def test_an_interrupted_run_ends_with_the_same_weights(
+    trained: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Ctrl-C and SIGTERM arrive as KeyboardInterrupt."""
+    _, expected = trained
+    path = recipe(tmp_path, checkpoint_seconds=0.001)
+
+    def end() -> None:
+        raise KeyboardInterrupt
+
+    for at in ("train tokenizer", "tokenise first (held out)", "3", "bits per byte", "29"):
+        with pytest.raises(KeyboardInterrupt):
+            run(path, tmp_path / "out", Interrupted(at, end))
+        assert not list((tmp_path / "out").glob("model-*"))
+    assert weights(run(path, tmp_path / "out")) == weights(expected)
+
+
+def test_changed_text_makes_new_stages(tmp_path: Path) -> None:
+    def stages() -> set[str]:
+        return {path.name for path in out.glob("[!.]*-*")}
+
+    path, out = recipe(tmp_path, tokens=768), tmp_path / "out"
+    run(path, out)
+    first = stages()
+    run(path, out)
+    (tmp_path / "first.jsonl").touch()
+    run(path, out)
+    assert stages() == first
+
+    with (tmp_path / "other.jsonl").open("a") as watched:
+        watched.write("\n" + json.dumps({"text": "new"}))
+    run(path, out)
+    new = sorted(name.split("-")[0] for name in stages() - first)
+    assert new == ["model", "tokens", "training"]  # the tokenizer never read it
+    second = stages()
+
+    with (tmp_path / "first.jsonl").open("a") as trained_on:
+        trained_on.write("\n" + json.dumps({"text": "the new cat"}))
+    run(path, out)
+    new = sorted(name.split("-")[0] for name in stages() - second)
+    assert new == ["model", "tokenizer", "tokens", "training"]
+
+
+def test_without_held_out_text_of_its_own_the_last_parameters_are_kept(tmp_path: Path) -> None:
+    sources = [
+        {"name": "first", "files": ["first.jsonl"], "held_out": 0},
+        {"name": "other", "files": ["other.jsonl"], "weight": 0},
+    ]
+    base = run(recipe(tmp_path, sources=sources, tokens=2 * 768), tmp_path / "out")
+    (point,) = json.loads((base / "training.json").read_text())["curve"]
+    assert point["other"] > 0
+    assert "validation_loss" not in point
+
+
+def test_the_default_device_is_the_fastest_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(
+        module, "choose_device", lambda: (asked.append("here"), torch.device("cpu"))[1]
+    )
+    path = recipe(tmp_path, tokens=768)
+    pretrain(PretrainConfig.load(path), tmp_path, tmp_path / "out")
+    assert asked == ["here"]
 
 
 def test_more_tokens_continue_and_another_recipe_starts_anew(tmp_path: Path) -> None:
@@ -134,7 +240,12 @@ def test_more_tokens_continue_and_another_recipe_starts_anew(tmp_path: Path) -> 
         ({"shape": {"hidden": 33, "heads": 2}}, "does not divide"),
         ({"step_lengths": [48]}, "no divisor"),
         ({"step_lengths": [128]}, "above the context"),
+        ({"step_lengths": [-16, 64]}, "no divisor"),
+        ({"step_lengths": [16, 32]}, "no window of step_lengths is longer than 32"),
+        ({"shape": {"hidden": 33, "heads": 3, "context": 64}}, "heads of 11 numbers"),
+        ({"tokens": 767}, "less than one optimiser step of 768"),
         ({"sources": [{"name": "a", "files": ["first.jsonl"], "weight": 0}]}, "weight above 0"),
+        ({"sources": [{"name": "loss", "files": ["first.jsonl"]}]}, "names a figure already"),
     ],
 )
 def test_impossible_recipes_are_refused(
@@ -142,3 +253,38 @@ def test_impossible_recipes_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=cause):
         run(recipe(tmp_path, **changes), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "held_out", "cause"),
+    [
+        ("", 0.01, "no text to train on"),
+        ('{"text": "all of it"}', 0.999999, "no text to train on"),
+        ('{"text": "too little"}', 0.0, "less than a window"),
+    ],
+)
+def test_too_little_text_is_refused_by_the_name_of_its_source(
+    tmp_path: Path, text: str, held_out: float, cause: str
+) -> None:
+    source = {"name": "small", "files": ["small.jsonl"], "held_out": held_out}
+    path = recipe(tmp_path, sources=[{"name": "first", "files": ["first.jsonl"]}, source])
+    (tmp_path / "small.jsonl").write_text(text)
+    with pytest.raises(DataError, match=cause) as caught:
+        run(path, tmp_path / "out")
+    assert caught.value.place == "source 'small'"
+
+
+def test_held_out_text_without_a_window_is_said(tmp_path: Path) -> None:
+    class Told(Silent):
+        def say(self, text: str) -> None:
+            told.append(text)
+
+    told: list[str] = []
+    (tmp_path / "empty.jsonl").write_text(json.dumps({"text": ""}) + "\n")
+    sources = [
+        {"name": "first", "files": ["first.jsonl"], "held_out": 0.1},
+        {"name": "nothing", "files": ["empty.jsonl"], "weight": 0},
+    ]
+    run(recipe(tmp_path, sources=sources, tokens=768), tmp_path / "out", Told())
+    assert told[0] == "'nothing' has too little held-out text for a figure"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,11 +23,14 @@ from torch import Tensor
 from metier import runs
 from metier.config import Config
 from metier.data import stream
-from metier.errors import ConfigError
+from metier.errors import ConfigError, DataError
+from metier.model.device import choose_device, compute_dtype
 from metier.model.llama import LlamaForward, has_compiler
 from metier.progress import Progress, Silent
 from metier.task import Seed
 from metier.text import bpe
+from metier.training.forward import forward_of
+from metier.training.held_out import HeldOut, bits_per_byte, spaced_windows, token_bytes
 from metier.training.loop import Loop, Plan, State, trapezoid
 from metier.training.losses import linear_cross_entropy
 from metier.training.optimizers import muon_and_adam
@@ -40,6 +43,8 @@ if TYPE_CHECKING:
 _EVALUATION_LENGTH = 512
 # Compiling takes about a minute: only a longer run wins it back.
 _WORTH_COMPILING = 5_000_000
+# Names beside those of sources in the figures of an evaluation.
+_FIGURES = ("loss", "step", "train_loss", "validation_loss")
 # The trainer numbers control tokens first, in this order.
 _BOS, _EOS, _PAD = (bpe.CONTROL_TOKENS.index(token) for token in (bpe.BOS, bpe.EOS, bpe.PAD))
 
@@ -99,6 +104,11 @@ class PretrainConfig(Config):
     checkpoint_seconds: Annotated[float, Field(gt=0)] = 120.0
     """Seconds between checkpoints."""
 
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of one optimiser step."""
+        return self.micro_tokens * len(self.step_lengths)
+
 
 @dataclass(frozen=True)
 class Window:
@@ -117,21 +127,13 @@ class Window:
         return self.ids[:, 1:].numel()
 
 
-@dataclass(frozen=True)
-class HeldOut:
-    """Held-out windows of one source with the bytes they stand for."""
-
-    name: str
-    ids: Tensor
-    text_bytes: int
-
-
 def pretrain(
     config: PretrainConfig,
     base: Path,
     out: Path,
     *,
-    dtype: torch.dtype,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Train a base and return the directory of the finished model.
@@ -140,45 +142,96 @@ def pretrain(
         config: the recipe.
         base: directory that `config.root` is relative to.
         out: run directory; an interrupted run there goes on where it stopped.
-        dtype: compute dtype (parameters and optimiser stay in float32).
+        device: where it is trained; by default the fastest there is.
+        dtype: compute dtype (parameters and optimiser stay in float32); by default the device's.
         progress: is told every step.
+
+    Raises:
+        ConfigError: the recipe cannot be followed.
+        DataError: a file of the corpus cannot be read, or there is too little text.
 
     """
     listener: Progress = progress or Silent()
     root = base / config.root
+    device = device or choose_device()
+    dtype = dtype or compute_dtype(device)
     _check(config, root)
     with runs.Run(out) as run:
-        tokenizer_dir = _tokenizer_stage(run, config, root, listener)
-        tokens_dir = _tokens_stage(run, config, root, tokenizer_dir, listener)
-        model, state = _train(run, config, tokenizer_dir, tokens_dir, dtype, listener)
+        listener.stage("hash the corpus")
+        files = {source.name: stream.file_hashes(source, root) for source in config.sources}
+        tokenizer_dir = _tokenizer_stage(run, config, root, files, listener)
+        tokens_dir = _tokens_stage(run, config, root, files, tokenizer_dir, listener)
+        model = _new_model(config, device)
+        state = _train(run, config, model, tokenizer_dir, tokens_dir, dtype, listener)
         about = {"config": config.model_dump(mode="json"), "tokens": str(tokens_dir.name)}
         return run.stage("model", about, lambda d: _export(d, model, state, tokenizer_dir, config))
 
 
 def _check(config: PretrainConfig, root: Path) -> None:
-    if config.shape.hidden % config.shape.heads:
-        raise ConfigError(
-            "shape.heads", f"does not divide hidden ({config.shape.hidden})", "choose a divisor"
-        )
-    for length in config.step_lengths:
-        if length > config.shape.context or config.micro_tokens % length:
-            raise ConfigError(
-                "step_lengths",
-                f"{length} is above the context or no divisor of micro_tokens",
-                "choose divisors of micro_tokens up to shape.context",
-            )
+    _check_shape(config)
+    _check_steps(config)
     if not any(source.weight > 0 for source in config.sources):
         raise ConfigError("sources", "none has a weight above 0", "give one to train on")
     names = [source.name for source in config.sources]
     for source in config.sources:
         if names.count(source.name) > 1:
             raise ConfigError("sources", f"'{source.name}' stands twice", "name each differently")
+        if source.name in _FIGURES:
+            raise ConfigError("sources", f"'{source.name}' names a figure already", "rename it")
         stream.matching_files(source, root)
 
 
-def _tokenizer_stage(run: runs.Run, config: PretrainConfig, root: Path, progress: Progress) -> Path:
+def _check_shape(config: PretrainConfig) -> None:
+    shape = config.shape
+    if shape.hidden % shape.heads:
+        raise ConfigError(
+            "shape.heads", f"does not divide hidden ({shape.hidden})", "choose a divisor"
+        )
+    if shape.hidden // shape.heads % 2:
+        raise ConfigError(
+            "shape.heads",
+            f"makes heads of {shape.hidden // shape.heads} numbers, which rotary positions pair",
+            "choose heads of an even size",
+        )
+
+
+def _check_steps(config: PretrainConfig) -> None:
+    for length in config.step_lengths:
+        if length < 1 or length > config.shape.context or config.micro_tokens % length:
+            raise ConfigError(
+                "step_lengths",
+                f"{length} is above the context or no divisor of micro_tokens",
+                "choose divisors of micro_tokens up to shape.context",
+            )
+    if max(config.step_lengths) < config.shape.context:
+        raise ConfigError(
+            "shape.context",
+            f"is {config.shape.context}, but no window of step_lengths is longer than "
+            f"{max(config.step_lengths)}: positions beyond would stay untrained",
+            "lower it, or add a window of that length",
+        )
+    if config.tokens < config.step_tokens:
+        raise ConfigError(
+            "tokens",
+            f"is {config.tokens:,}, less than one optimiser step of {config.step_tokens:,}",
+            "give more tokens, or lower micro_tokens or the number of step_lengths",
+        )
+
+
+Files = Mapping[str, Mapping[str, str]]
+"""Name of a source to the SHA-256 of its files by path: changed text makes new stages."""
+
+
+def _inputs(sources: Sequence[stream.Source], files: Files) -> list[dict[str, Any]]:
+    """All that the documents of sources depend on."""
+    return [source.model_dump(mode="json") | {"files": files[source.name]} for source in sources]
+
+
+def _tokenizer_stage(
+    run: runs.Run, config: PretrainConfig, root: Path, files: Files, progress: Progress
+) -> Path:
     inputs = {
-        "sources": [source.model_dump(mode="json") for source in config.sources],
+        "sources": _inputs(_trained(config), files),
         "vocabulary": config.shape.vocabulary,
         "bytes": config.tokenizer_bytes,
     }
@@ -190,16 +243,31 @@ def _tokenizer_stage(run: runs.Run, config: PretrainConfig, root: Path, progress
     return run.stage("tokenizer", inputs, make)
 
 
+def _trained(config: PretrainConfig) -> list[stream.Source]:
+    return [source for source in config.sources if source.weight > 0]
+
+
 def _sample(config: PretrainConfig, root: Path) -> Iterator[str]:
-    """Training documents for the tokenizer, an equal share of bytes from each source."""
-    trained = [source for source in config.sources if source.weight > 0]
+    """Training documents for the tokenizer, an equal share of bytes from each source.
+
+    Raises:
+        DataError: a source has no text to train on.
+
+    """
+    trained = _trained(config)
     for source in trained:
-        left = config.tokenizer_bytes // len(trained)
+        share = left = config.tokenizer_bytes // len(trained)
         for text in _texts(source, root, held_out=False):
             yield text
             left -= len(text.encode())
             if left <= 0:
                 break
+        if left == share:
+            raise DataError(
+                f"source '{source.name}'",
+                "has no text to train on: its files are empty, or all documents are held out",
+                "give more documents, or a smaller held_out",
+            )
 
 
 def _texts(source: stream.Source, root: Path, *, held_out: bool) -> Iterator[str]:
@@ -210,12 +278,14 @@ def _texts(source: stream.Source, root: Path, *, held_out: bool) -> Iterator[str
 
 
 def _tokens_stage(
-    run: runs.Run, config: PretrainConfig, root: Path, tokenizer_dir: Path, progress: Progress
+    run: runs.Run,
+    config: PretrainConfig,
+    root: Path,
+    files: Files,
+    tokenizer_dir: Path,
+    progress: Progress,
 ) -> Path:
-    inputs = {
-        "tokenizer": tokenizer_dir.name,
-        "sources": [source.model_dump(mode="json") for source in config.sources],
-    }
+    inputs = {"tokenizer": tokenizer_dir.name, "sources": _inputs(config.sources, files)}
 
     def make(directory: Path) -> None:
         tokenizer = _load_tokenizer(tokenizer_dir)
@@ -295,24 +365,15 @@ def _breaks(tokenizer: Tokenizer) -> NDArray[Any]:
 def _train(
     run: runs.Run,
     config: PretrainConfig,
+    model: LlamaForCausalLM,
     tokenizer_dir: Path,
     tokens_dir: Path,
     dtype: torch.dtype,
     progress: Progress,
-) -> tuple[LlamaForCausalLM, State]:
+) -> State:
     tokenizer = _load_tokenizer(tokenizer_dir)
-    model = _new_model(config)
-    forward = LlamaForward(
-        model, dtype, compiled=config.tokens >= _WORTH_COMPILING and has_compiler()
-    )
-    head = model.model.embed_tokens.weight
-
-    def loss(window: Window) -> Tensor:
-        hidden = forward(window.ids[:, :-1])
-        targets = window.ids[:, 1:].reshape(-1)
-        return linear_cross_entropy(hidden.reshape(len(targets), -1), head, targets)
-
-    steps = math.ceil(config.tokens / (config.micro_tokens * len(config.step_lengths)))
+    loss = _next_token_loss(model, dtype, compiled=config.tokens >= _WORTH_COMPILING)
+    steps = math.ceil(config.tokens / config.step_tokens)
     plan = Plan(
         steps=steps,
         schedule=trapezoid(steps, config.warmup_steps, round(steps * config.decay)),
@@ -320,7 +381,7 @@ def _train(
         evaluate_every=config.evaluate_every,
         checkpoint_seconds=config.checkpoint_seconds,
     )
-    held_out = _held_out(config, tokens_dir, tokenizer)
+    held_out = _held_out(config, tokens_dir, tokenizer, progress)
     progress.stage(f"pre-train {config.name}", steps)
     loop = Loop(
         model,
@@ -329,10 +390,30 @@ def _train(
         muon_and_adam(model, config.learning_rate, config.weight_decay),
         plan,
         directory=run.path / f"training-{_recipe_key(config, tokens_dir)}",
-        evaluate=(lambda: _bits_per_byte(loss, held_out, progress)) if held_out else None,
+        evaluate=(lambda: _evaluate(loss, held_out, progress)) if held_out else None,
         progress=progress,
     )
-    return model, loop.run()
+    return loop.run()
+
+
+def _next_token_loss(
+    model: LlamaForCausalLM, dtype: torch.dtype, *, compiled: bool
+) -> Callable[[Window], Tensor]:
+    """Sum of the next-token losses of a window, on the model's device."""
+    device, head = model.device, model.model.embed_tokens.weight
+    forward = (
+        LlamaForward(model, dtype, compiled=compiled and has_compiler())
+        if device.type == "cpu"
+        else forward_of(model)
+    )
+
+    def loss(window: Window) -> Tensor:
+        ids = window.ids.to(device)
+        hidden = forward(ids[:, :-1]).to(dtype)
+        targets = ids[:, 1:].reshape(-1)
+        return linear_cross_entropy(hidden.reshape(len(targets), -1), head, targets)
+
+    return loss
 
 
 def _recipe_key(config: PretrainConfig, tokens_dir: Path) -> str:
@@ -342,12 +423,13 @@ def _recipe_key(config: PretrainConfig, tokens_dir: Path) -> str:
     return runs.fingerprint([recipe, tokens_dir.name])[:12]
 
 
-def _new_model(config: PretrainConfig) -> LlamaForCausalLM:
+def _new_model(config: PretrainConfig, device: torch.device) -> LlamaForCausalLM:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     shape = config.shape
     torch.manual_seed(config.seed)
-    return LlamaForCausalLM(
+    # Drawn on the processor, so that every device starts from the same weights.
+    model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=shape.vocabulary,
             hidden_size=shape.hidden,
@@ -363,43 +445,33 @@ def _new_model(config: PretrainConfig) -> LlamaForCausalLM:
             pad_token_id=_PAD,
         )
     )
+    return model.to(device)  # type: ignore[arg-type,no-any-return]
 
 
-def _held_out(config: PretrainConfig, tokens_dir: Path, tokenizer: Tokenizer) -> list[HeldOut]:
-    """Evenly spaced held-out windows of each source that has any."""
-    sizes = _token_bytes(tokenizer)
+def _held_out(
+    config: PretrainConfig, tokens_dir: Path, tokenizer: Tokenizer, progress: Progress
+) -> list[HeldOut]:
+    sizes = token_bytes(tokenizer)
     length = min(_EVALUATION_LENGTH, config.shape.context)
     found = []
     for source in config.sources:
-        ids = stream.TokenFile(_token_path(tokens_dir, source, held_out=True)).ids
-        count = min(config.evaluation_windows, len(ids) // length)
-        if count == 0:
-            continue
-        starts = np.linspace(0, len(ids) - length, count).astype(int)
-        windows = np.stack([ids[s : s + length] for s in starts]).astype(np.int64)
-        rows = np.insert(windows, 0, _BOS, axis=1)
-        found.append(HeldOut(source.name, torch.from_numpy(rows), int(sizes[windows].sum())))
+        file = stream.TokenFile(_token_path(tokens_dir, source, held_out=True))
+        ids, text_bytes = spaced_windows(
+            file, sizes, count=config.evaluation_windows, length=length, bos=_BOS
+        )
+        if text_bytes:
+            found.append(HeldOut(source.name, ids, text_bytes, trained=source.weight > 0))
+        elif source.held_out > 0:
+            progress.say(f"'{source.name}' has too little held-out text for a figure")
     return found
 
 
-def _token_bytes(tokenizer: Tokenizer) -> NDArray[np.int64]:
-    """Bytes of text behind each token, shape (vocabulary,); control tokens have none."""
-    # A byte-level token is written with one character per byte.
-    sizes = [len(tokenizer.id_to_token(token) or "") for token in range(tokenizer.get_vocab_size())]
-    sizes[: len(bpe.CONTROL_TOKENS)] = [0] * len(bpe.CONTROL_TOKENS)
-    return np.array(sizes, dtype=np.int64)
-
-
-def _bits_per_byte(
-    loss: Callable[[Window], Tensor], held_out: list[HeldOut], progress: Progress
+def _evaluate(
+    loss: Callable[[Window], Tensor], held_out: Sequence[HeldOut], progress: Progress
 ) -> Mapping[str, float]:
-    """Bits per byte of each source's held-out windows; ``loss`` is their mean."""
-    figures: dict[str, float] = {}
-    for part in held_out:
-        nats = sum(float(loss(Window(rows))) for rows in torch.split(part.ids, 4))
-        figures[part.name] = nats / math.log(2) / part.text_bytes
-    figures["loss"] = sum(figures.values()) / len(figures)
-    progress.say("held-out bits per byte: " + ", ".join(f"{k} {v:.3f}" for k, v in figures.items()))
+    figures = bits_per_byte(lambda ids: loss(Window(ids)), held_out)
+    told = ", ".join(f"{part.name} {figures[part.name]:.3f}" for part in held_out)
+    progress.say(f"held-out bits per byte: {told}")
     return figures
 
 
@@ -417,8 +489,11 @@ def _export(
         "recipe": config.model_dump(mode="json", exclude={"root"}),
         "parameters": sum(p.numel() for p in model.parameters()),
         "steps": state.step,
-        "tokens_seen": state.step * config.micro_tokens * len(config.step_lengths),
-        "curve": state.curve,
+        "tokens_seen": state.step * config.step_tokens,
+        "curve": [
+            {name: value for name, value in point.items() if not math.isnan(value)}
+            for point in state.curve
+        ],
         "versions": runs.versions(),
     }
     (directory / "training.json").write_text(json.dumps(facts, indent=1))

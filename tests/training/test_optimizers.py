@@ -1,0 +1,30 @@
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from metier.training.optimizers import muon_and_adam
+
+
+def test_matrices_are_orthogonalised_and_the_rest_goes_to_adam() -> None:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+            intermediate_size=24, tie_word_embeddings=True,
+        )
+    )  # fmt: skip
+    muon, adam = muon_and_adam(model, 0.01, 0.0)
+    matrices, others = ([id(p) for p in opt.param_groups[0]["params"]] for opt in (muon, adam))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert sorted(matrices + others) == sorted(names)
+    assert {names[p].split(".")[-2] for p in others} == {
+        "embed_tokens", "norm", "input_layernorm", "post_attention_layernorm"
+    }  # fmt: skip
+
+    before = model.model.layers[0].mlp.up_proj.weight.detach().clone()
+    model(input_ids=torch.arange(20)[None], labels=torch.arange(20)[None]).loss.backward()
+    muon.step()
+    change = torch.linalg.svdvals(model.model.layers[0].mlp.up_proj.weight.detach() - before)
+    # Every direction moves about as far; 0.2 sqrt(max dimension) is the size of AdamW's step.
+    expected = 0.01 * 0.2 * 24**0.5
+    assert 0.5 * expected < change.min()
+    assert change.max() < 1.4 * expected
