@@ -62,7 +62,7 @@ def test_every_command_runs_in_the_order_of_the_readme(desk: Path) -> None:
             assert metier(command, desk, "Tom saw a big dog and was happy\n").strip()
         else:
             assert metier([*command, *QUICK.get(name, [])], desk).strip()
-    answers = (desk / "new.answers.jsonl").read_text().splitlines()
+    answers = (desk / "new.csv.answers.jsonl").read_text().splitlines()
     assert len(answers) == len(list(rows()))
     assert (desk / "runs" / "tickets" / "report.html").is_file()
 

@@ -447,7 +447,7 @@ def test_what_is_not_bad_is_not_refused(place: Path, finished_run: Path) -> None
     ):
         done = CliRunner().invoke(app, good)
         assert done.exit_code == 0, done.output
-    assert len((place / "rows.answers.jsonl").read_text().splitlines()) == 90
+    assert len((place / "rows.jsonl.answers.jsonl").read_text().splitlines()) == 90
     with pytest.raises(AssertionError):
         refuse(Bad(None, "", ""), "init", "rows.jsonl", "--out", "other.yaml")
 

@@ -34,13 +34,9 @@ def test_defaults_give_the_evaluated_answer():
     plain = request()
     assert plain.temperature == 0
     assert plain.limit is None
-    assert plain.as_evaluated
+    assert plain.top_p == 1
+    assert plain.stop == []
     assert plain.chat == ({"role": "user", "content": "hello"},)
-
-
-@pytest.mark.parametrize("fields", [{"temperature": 0.5}, {"max_tokens": 3}, {"stop": "x"}])
-def test_what_changes_the_answer_is_not_the_evaluated_one(fields):
-    assert not request(**fields).as_evaluated
 
 
 @pytest.mark.parametrize(
@@ -78,6 +74,7 @@ def test_fields_that_change_nothing_are_accepted(fields):
         ({"messages": []}, "messages", "invalid_value"),
         ({"messages": [{"role": "user"}]}, "messages.0", "invalid_value"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role", "invalid_value"),
+        ({"messages": [{**USER, "weight": 0}]}, "messages.0.weight", "unknown_parameter"),
         ({"model": 3}, "model", "invalid_value"),
     ],
 )
@@ -125,6 +122,7 @@ def test_parts_roles_and_returned_answers_become_records():
             "content": None,
             "tool_calls": [call],
             "refusal": None,
+            "annotations": [],
             "audio": None,
         },
         {"role": "tool", "content": "42", "tool_call_id": "1"},

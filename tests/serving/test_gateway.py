@@ -3,6 +3,9 @@
 import contextlib
 import http.client
 import json
+import signal
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,9 +17,10 @@ import openai
 import pytest
 import uvicorn
 
-from metier.errors import ConfigError, DataError, RemoteError
+from metier.errors import ConfigError, DataError, RemoteError, RequestError
 from metier.records import Completion, last_user_text
 from metier.serving import gateway
+from metier.serving.chat_completions import _IGNORED, _ONLY, ChatRequest
 
 KEY = "test-key"
 USER = {"role": "user", "content": "one two three"}
@@ -29,20 +33,15 @@ class Echo:
     name = "echo"
 
     def __init__(self):
-        self.generator = self
-        self.evaluated = 0
+        self.asked = []
         self.streamed = []
         self.pieces = 0
         self.closed = threading.Event()
         self.running = 0
         self.overlapped = False
 
-    def generate(self, chats):
-        self.evaluated += 1
-        with self._alone():
-            return [Completion(*self._answer(chat)) for chat in chats]
-
     def stream(self, chat, **options):
+        self.asked.append(last_user_text(chat))
         self.streamed.append(options)
         try:
             with self._alone():
@@ -77,7 +76,9 @@ class Echo:
         words = last_user_text(chat).split()
         match words[0]:
             case "DATA":
-                raise DataError("the prompt", "is too long", "shorten it")
+                raise DataError("the prompt", "has a tool", "leave it out")
+            case "LONG":
+                raise RequestError("messages", "are too long", "shorten them", "too_long")
             case "REMOTE":
                 raise RemoteError("http://elsewhere", "answered 500", "try later")
             case "CRASH":
@@ -130,13 +131,18 @@ def raw(url):
 
 
 def test_the_default_answer_is_the_evaluated_one(client, echo):
-    before = echo.evaluated, len(echo.streamed)
     answer = client.chat.completions.create(**CHAT)
     assert answer.choices[0].message.content == "three two one"
     assert answer.choices[0].message.role == "assistant"
     assert answer.choices[0].finish_reason == "stop"
     assert answer.usage.total_tokens == 6
-    assert (echo.evaluated, len(echo.streamed)) == (before[0] + 1, before[1])
+    assert echo.streamed[-1] == {
+        "max_new_tokens": None,
+        "temperature": 0,
+        "top_p": 1,
+        "seed": None,
+        "stop": [],
+    }
 
 
 def test_sampling_options_reach_the_specialist(client, echo):
@@ -165,6 +171,7 @@ def test_a_stream_adds_up_to_the_whole_answer(client):
 def events(raw, **fields):
     answer = raw.post("/chat/completions", json={**CHAT, "stream": True, **fields})
     assert answer.headers["content-type"].startswith("text/event-stream")
+    assert answer.headers["cache-control"] == "no-store"
     parts = answer.text.split("\n\n")
     assert parts.pop() == "", "every event ends with an empty line"
     assert all(part.startswith("data: ") and "\n" not in part for part in parts)
@@ -239,6 +246,19 @@ def test_answers_fit_the_published_schemas(raw, schemas):
     validate(raw.get("/models/other").json(), "ErrorResponse")
 
 
+def test_every_field_of_the_api_is_honoured_ignored_or_refused_by_name(schemas):
+    known = ChatRequest.model_fields.keys() | _IGNORED | _ONLY.keys()
+    assert known == properties(schemas["components"]["schemas"], "CreateChatCompletionRequest")
+
+
+def properties(schemas, name):
+    """The fields of a schema and of those it is composed of."""
+    parts = [schemas[name], *schemas[name].get("allOf", [])]
+    references = [part["$ref"].rpartition("/")[2] for part in parts if "$ref" in part]
+    own = {field for part in parts for field in part.get("properties", {})}
+    return own.union(*(properties(schemas, reference) for reference in references))
+
+
 # --- errors
 
 
@@ -256,7 +276,8 @@ def test_errors_of_the_client(client):
 @pytest.mark.parametrize(
     ("word", "status", "words"),
     [
-        ("DATA", 400, "is too long. shorten it"),
+        ("DATA", 400, "has a tool. leave it out"),
+        ("LONG", 400, "messages: are too long; shorten them."),
         ("REMOTE", 502, "answered 500"),
         ("CRASH", 500, "its log says why"),
     ],
@@ -279,6 +300,13 @@ def test_an_error_half_way_ends_the_stream_and_reaches_the_client(client):
         next(stream)
 
 
+def test_a_refused_parameter_is_named(client):
+    message = {"role": "user", "content": "LONG"}
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model="echo", messages=[message])
+    assert (caught.value.param, caught.value.code) == ("messages", "too_long")
+
+
 @pytest.mark.parametrize(
     ("content", "kind", "status"),
     [
@@ -299,6 +327,7 @@ def test_unknown_routes_answer_in_the_same_shape(raw, method, path):
     answer = raw.request(method, path)
     assert answer.status_code in {404, 405}
     assert answer.json()["error"]["code"] is None
+    assert answer.headers.get("allow") == ("POST" if answer.status_code == 405 else None)
 
 
 # --- defences
@@ -425,7 +454,7 @@ def test_too_many_waiting_requests_are_told_to_come_back(monkeypatch):
 def test_a_client_that_leaves_ends_its_generation(stream):
     echo = Echo()
     body = {**CHAT, "messages": [{"role": "user", "content": "ENDLESS"}]}
-    body |= {"stream": stream, "temperature": 1}
+    body |= {"stream": stream}
     with served({"echo": echo}, key=None) as url:
         leaving = httpx.Client(timeout=0.5)
         with (
@@ -441,6 +470,79 @@ def test_a_client_that_leaves_ends_its_generation(stream):
         assert httpx.post(f"{url}/chat/completions", json=CHAT).status_code == 200
 
 
+def test_who_asks_first_is_answered_first():
+    echo = Echo()
+    words = ["SLOW", "b", "c", "d", "e", "f"]
+    with served({"echo": echo}, key=None) as url, contextlib.ExitStack() as open_connections:
+        asked = []
+        for at, word in enumerate(words):
+            connection = http.client.HTTPConnection(url.split("/")[2], timeout=20)
+            open_connections.enter_context(contextlib.closing(connection))
+            message = {"role": "user", "content": word}
+            body = json.dumps({**CHAT, "messages": [message], "stream": at % 2 == 0})
+            path, kind = "/v1/chat/completions", {"Content-Type": "application/json"}
+            connection.request("POST", path, body, kind)
+            asked.append(connection)
+            time.sleep(0.02)
+        assert [connection.getresponse().status for connection in asked] == [200] * 6
+    assert echo.asked == words
+
+
+SLOW_SERVER = """
+import signal, time
+from metier.records import Completion
+from metier.serving import gateway
+signal.signal(signal.SIGINT, signal.default_int_handler)
+class Slow:
+    name = "slow"
+    def stream(self, chat, **options):
+        for at in range(int(chat[-1]["content"])):
+            yield f"{at} "
+            time.sleep(0.1)
+        return Completion("all", 1, 1)
+gateway.serve({"slow": Slow()}, port=0, ready=lambda url: print(url, flush=True))
+"""
+
+
+@contextlib.contextmanager
+def slow_stream(pieces):
+    """A server of its own in the middle of an answer; yields process, address, open answer."""
+    command = [sys.executable, "-c", SLOW_SERVER]
+    body = {"model": "slow", "stream": True, "messages": [{"role": "user", "content": pieces}]}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        try:
+            url = process.stdout.readline().decode().strip()
+            with httpx.stream("POST", f"{url}/chat/completions", json=body, timeout=20) as answer:
+                yield process, url, answer
+        finally:
+            process.kill()
+
+
+def test_an_answer_that_is_being_streamed_is_finished_when_the_server_is_told_to_end():
+    with slow_stream("12") as (process, url, answer):
+        lines = answer.iter_lines()
+        assert "assistant" in next(lines)
+        process.send_signal(signal.SIGINT)
+        rest = [line for line in lines if line]
+        assert "11 " in rest[-3]
+        assert rest[-1] == "data: [DONE]"
+        assert process.wait(10) == 0
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{url}/models")
+        assert process.stderr.read() == b""
+
+
+def test_told_twice_the_server_ends_at_once():
+    with slow_stream("1000") as (process, _, answer):
+        lines = answer.iter_lines()
+        assert "assistant" in next(lines)
+        for _ in range(2):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.3)
+        assert process.wait(5) == 0
+        assert b"Traceback" not in process.stderr.read()
+
+
 def test_a_client_that_left_the_queue_costs_nothing():
     echo = Echo()
     slow = {**CHAT, "messages": [{"role": "user", "content": "SLOW"}]}
@@ -450,4 +552,4 @@ def test_a_client_that_left_the_queue_costs_nothing():
         with pytest.raises(httpx.TimeoutException):
             httpx.post(f"{url}/chat/completions", json=CHAT, timeout=0.1)
         assert first.result().status_code == 200
-    assert echo.evaluated == 1
+    assert echo.asked == ["SLOW"]

@@ -5,19 +5,12 @@ import pytest
 
 from metier.model.generate import Engine
 from metier.model.load import load_base
+from metier.recipes.answering import Specialist
 from metier.text.template import Renderer
 
 from .test_gateway import KEY, served
 
 STORY = [{"role": "user", "content": "Once upon a time"}]
-
-
-class Specialist:
-    name = "stories"
-
-    def __init__(self, engine):
-        self.generator = engine
-        self.stream = engine.stream
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +22,7 @@ def engine(stories260k):
 @pytest.fixture(scope="module")
 def ask(engine):
     with (
-        served({"stories": Specialist(engine)}) as url,
+        served({"stories": Specialist("stories", None, engine, engine, "")}) as url,
         openai.OpenAI(base_url=url, api_key=KEY, max_retries=0, timeout=60) as client,
     ):
         yield lambda **fields: client.chat.completions.create(
@@ -70,6 +63,11 @@ def test_a_seed_makes_a_drawn_answer_repeatable(ask):
     assert texts[0] == texts[1] != texts[2]
 
 
+def test_a_limit_above_the_task_s_own_changes_nothing(ask):
+    assert ask(max_tokens=4096).choices == ask().choices
+
+
 def test_a_prompt_that_does_not_fit_is_refused_plainly(ask):
-    with pytest.raises(openai.BadRequestError, match="reads at most 512"):
+    with pytest.raises(openai.BadRequestError, match="maximum context length") as caught:
         ask(extra_body={"messages": [{"role": "user", "content": "once " * 2000}]})
+    assert (caught.value.param, caught.value.code) == ("messages", "context_length_exceeded")

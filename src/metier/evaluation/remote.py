@@ -7,6 +7,7 @@ only (redirects are not followed) and never written or shown.
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -52,6 +53,7 @@ class RemoteGenerator:
         self._remote = remote
         self._key = _key(remote)
         self._client = _client(remote, self._key)
+        weakref.finalize(self, self._client.close)
         self._sampling: dict[str, Any] = {"max_tokens": max_new_tokens, "temperature": 0}
         self._notes: dict[str, None] = {}
 

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 from collections.abc import Generator as PyGenerator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from metier import runs
 from metier.config import Config
 from metier.data.sources import read_examples
-from metier.errors import ConfigError, RunError
+from metier.errors import ConfigError, RequestError, RunError
+from metier.evaluation import arms
 from metier.model.generate import Engine
 from metier.progress import Progress
 from metier.recipes import making, workbench
 from metier.recipes.experiment import read_verdict
-from metier.records import Chat, Completion, Generator
+from metier.records import Chat, Completion, Example, Generator
 from metier.task import Arm, Task
 
 _CHUNK = 64
+_UNSUPPORTED = "unsupported_parameter"
+_TOO_LONG = "longer than the model's context allows"
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,9 @@ class Specialist:
         name: what clients call it: the task, and the arm.
         task: what it was made for.
         generator: answers chats, greedily.
-        engine: the language model behind it, if it has one of its own.
+        engine: the language model that writes its answers; None where they are chosen among
+            labels or come from an endpoint.
+        made: name of the directory it was built from, with the hash of what went into it.
 
     """
 
@@ -39,6 +46,7 @@ class Specialist:
     task: Task
     generator: Generator
     engine: Engine | None
+    made: str
 
     def stream(
         self,
@@ -52,14 +60,65 @@ class Specialist:
     ) -> PyGenerator[str, None, Completion]:
         """Yield an answer piece by piece, and return the whole.
 
-        A greedy answer is the one that was evaluated; an arm without a language model of its own
-        has no other.
+        With the defaults it is the answer that was evaluated. An arm whose answers no language
+        model of its own writes has one answer only, the same for every seed.
+
+        Args:
+            chat: the request, ending with a user message.
+            max_new_tokens: longest answer in tokens; the task's own limit holds as well.
+            temperature: 0 is greedy.
+            top_p: share of the probability mass that is sampled from.
+            seed: makes a drawn answer repeatable.
+            stop: texts that end the answer and are not part of it.
+
+        Raises:
+            RequestError: the request is longer than the context, or asks for what this arm
+                cannot do.
+
         """
-        if self.engine is None or not isinstance(self.generator, making.WithinContext):
-            completion = self.generator.generate([chat])[0]
+        if self.engine is None:
+            _refuse_sampling(temperature, top_p)
+            completion = self._only_answer(chat, max_new_tokens, stop)
             yield completion.text
             return completion
-        return (yield from self.engine.stream(chat, max_new_tokens, temperature, top_p, seed, stop))
+        if isinstance(self.generator, arms.Composed):
+            chat, stop = self.generator.compose(chat), [*stop, *self.generator.stop]
+        if not arms.room_in(self.engine)(chat):
+            raise _too_long()
+        longest = self.engine.max_new_tokens
+        limit = min(max_new_tokens or longest, longest)
+        return (yield from self.engine.stream(chat, limit, temperature, top_p, seed, stop))
+
+    def _only_answer(self, chat: Chat, limit: int | None, stop: Sequence[str]) -> Completion:
+        (completion,) = self.generator.generate([chat])
+        if completion.refused:
+            raise _too_long()
+        if limit and completion.completion_tokens > limit:
+            cause = f"is {limit}, and the answer has {completion.completion_tokens} tokens"
+            raise RequestError(
+                "max_tokens", cause, "this arm's answers cannot be cut: raise it", _UNSUPPORTED
+            )
+        return arms.ended(completion, stop)
+
+
+def _refuse_sampling(temperature: float, top_p: float) -> None:
+    for name, value, neutral in (("temperature", temperature, 0), ("top_p", top_p, 1)):
+        if value != neutral:
+            raise RequestError(
+                name,
+                f"is {value}, but this arm draws no answers: it has one for each request",
+                f"leave it out or set it to {neutral}",
+                _UNSUPPORTED,
+            )
+
+
+def _too_long() -> RequestError:
+    return RequestError(
+        "messages",
+        "are longer than the model's maximum context length, with room for an answer, allows",
+        "shorten them",
+        "context_length_exceeded",
+    )
 
 
 def load_specialist(run: Path, arm: str | None) -> Specialist:
@@ -80,7 +139,10 @@ def load_specialist(run: Path, arm: str | None) -> Specialist:
         runs.verify(path)
     bench = workbench.load(data)
     built = making.build(bench, found.arm, directory)
-    return Specialist(f"{verdict.task}:{wanted}", bench.task, built.generator, built.engine)
+    engine = built.engine if found.arm.mode == "text" else None
+    return Specialist(
+        f"{verdict.task}:{wanted}", bench.task, built.generator, engine, found.directory
+    )
 
 
 class _Made(Config):
@@ -108,10 +170,18 @@ def _read_index(path: Path) -> _Index:
 
 
 def predict(run: Path, file: Path, out: Path | None, arm: str | None, progress: Progress) -> Path:
-    """Answer every input of a file; see `recipes.predict`."""
-    target = out or file.with_name(f"{file.name.split('.')[0]}.answers.jsonl")
-    if target.is_dir():
-        raise RunError(str(target), "is a directory", "give the name of a file as --out")
+    """Answer every input of a file; see `recipes.predict`.
+
+    A line holds `id`, `output` and `finished`, which is false where the answer was cut at the
+    length limit; `error` where there is none; `probability` where the arm has one. Until all are
+    there, they stand in a `.partial` file beside the target, from which the same call goes on.
+
+    Raises:
+        RunError: the target is there and holds no answers, or is being written.
+
+    """
+    target = out or file.with_name(f"{file.name}.answers.jsonl")
+    _check_target(target)
     progress.stage("load the specialist")
     specialist = load_specialist(run, arm)
     task = specialist.task
@@ -119,16 +189,92 @@ def predict(run: Path, file: Path, out: Path | None, arm: str | None, progress: 
     rows = read_examples(
         file.name, task.kind, file.parent, task.data.format, columns, answers=False
     )
-    progress.stage("answer", len(rows))
-    lines = []
-    for start in range(0, len(rows), _CHUNK):
-        chunk = rows[start : start + _CHUNK]
-        answers = specialist.generator.generate([row.prompt for row in chunk])
-        for row, answer in zip(chunk, answers, strict=True):
-            line: dict[str, Any] = {"id": row.id, "output": answer.text}
-            if answer.probability is not None:
-                line["probability"] = round(answer.probability, 6)
-            lines.append(json.dumps(line, ensure_ascii=False))
-        progress.advance(len(chunk))
-    runs.write_atomic(target, "".join(f"{line}\n" for line in lines))
+    key = runs.fingerprint([specialist.made, runs.file_hash(file)])
+    partial = target.with_name(f"{target.name}.{key[:12]}.partial")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        _answer(specialist.generator, rows, partial, progress)
+        _count(partial, progress)
+        partial.replace(target)
+    except OSError as error:
+        error.filename = error.filename or str(target)  # a full disk is reported without a name
+        raise
+    finally:
+        if partial.is_file() and not partial.stat().st_size:
+            partial.unlink()
     return target
+
+
+def _check_target(target: Path) -> None:
+    """Refuse to write over anything but answers."""
+    if target.is_dir():
+        raise RunError(str(target), "is a directory", "give the name of a file as --out")
+    if not target.exists():
+        return
+    try:
+        with target.open("rb") as handle:
+            known = {"id", "output", "finished"} <= json.loads(handle.readline()).keys()
+    except (ValueError, AttributeError):
+        known = False
+    if not known:
+        raise RunError(
+            str(target), "exists and holds no answers of metier", "give another name as --out"
+        )
+
+
+def _answer(
+    generator: Generator, rows: Sequence[Example], partial: Path, progress: Progress
+) -> None:
+    """Append the answers that a file does not have yet, a chunk at a time."""
+    with partial.open("a+b") as handle:
+        _lock(handle, partial)
+        done = _whole_lines(handle)
+        if done:
+            progress.say(f"{done} answers are there already: going on after them")
+        progress.stage("answer", len(rows))
+        progress.advance(done)
+        for start in range(done, len(rows), _CHUNK):
+            chunk = rows[start : start + _CHUNK]
+            answers = generator.generate([row.prompt for row in chunk])
+            handle.writelines(_line(*pair) for pair in zip(chunk, answers, strict=True))
+            handle.flush()
+            progress.advance(len(chunk))
+        os.fsync(handle.fileno())
+
+
+def _lock(handle: BinaryIO, partial: Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise RunError(str(partial), "is being written by another process", "wait for it") from None
+
+
+def _whole_lines(handle: BinaryIO) -> int:
+    """Count the whole lines of a file and drop the torn one that an interruption leaves."""
+    handle.seek(0)
+    content = handle.read()
+    handle.truncate(content.rfind(b"\n") + 1)
+    return content.count(b"\n")
+
+
+def _line(row: Example, answer: Completion) -> bytes:
+    line: dict[str, Any] = {"id": row.id, "output": answer.text, "finished": answer.finished}
+    if answer.refused:
+        line["error"] = _TOO_LONG
+    if answer.probability is not None:
+        line["probability"] = round(answer.probability, 6)
+    return json.dumps(line, ensure_ascii=False).encode() + b"\n"
+
+
+def _count(answers: Path, progress: Progress) -> None:
+    """Say how many answers are not whole."""
+    total = unfinished = refused = 0
+    with answers.open("rb") as handle:
+        for line in map(json.loads, handle):
+            total += 1
+            unfinished += not line["finished"]
+            refused += "error" in line
+    if unfinished > refused:
+        progress.say(f"{unfinished - refused} of {total} answers were cut at the length limit")
+    if refused:
+        progress.say(f"{refused} of {total} inputs are not answered: {_TOO_LONG}")

@@ -114,13 +114,17 @@ def _is_text(part: object) -> bool:
 class _WireMessage(BaseModel):
     """One message; null fields and annotations of earlier answers may come back with it."""
 
+    model_config = ConfigDict(extra="forbid")
+
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[str | None, BeforeValidator(_joined)] = None
     name: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
     tool_call_id: str | None = None
+    annotations: list[Any] | None = None
     audio: None = None
     function_call: None = None
+    refusal: None = None
 
     @model_validator(mode="after")
     def _has_content(self) -> _WireMessage:
@@ -185,11 +189,6 @@ class ChatRequest(BaseModel):
     def limit(self) -> int | None:
         """Longest answer in tokens; None: the task's own limit."""
         return self.max_completion_tokens or self.max_tokens
-
-    @property
-    def as_evaluated(self) -> bool:
-        """Whether the answer must be the one that the evaluation measured."""
-        return self.temperature == 0 and self.limit is None and not self.stop
 
     @property
     def include_usage(self) -> bool:

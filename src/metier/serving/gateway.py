@@ -1,12 +1,13 @@
 """OpenAI-compatible HTTP over specialists: /v1/chat/completions, /v1/models, /health.
 
-The answer a client gets by default is the one the evaluation measured: the same generator, the same
+The answer a client gets by default is the one the evaluation measured: the same engine, the same
 renderer, greedy. Defences are on by default: loopback only, a key, a list of host names (against
 DNS rebinding), limits on body, messages and waiting requests, no cross-origin access, no URL
 fetched for a request.
 
 Each specialist has one thread of its own in which its model runs, one request at a time; the event
-loop only waits. A client that goes away ends its generation at the next piece of text.
+loop only waits. Who asks first is answered first. A client that goes away ends its generation at
+the next piece of text, streamed or not.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from metier.errors import ConfigError, MetierError, RemoteError
-from metier.records import Chat, Completion, Generator
+from metier.errors import ConfigError, MetierError, RemoteError, RequestError
+from metier.records import Chat, Completion
 from metier.serving.chat_completions import ChatRequest, Refusal, Reply, parse
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -47,21 +48,17 @@ MAX_BODY = 4 * 2**20
 MAX_WAITING = 64
 DRAIN_SECONDS = 30
 
+_STREAM = {"Cache-Control": "no-store"}
 _log = logging.getLogger("metier.serving")
 _T = TypeVar("_T")
 
 
 class Specialist(Protocol):
-    """What the gateway needs of a specialist; its `generator` is the one that was evaluated."""
+    """What the gateway needs of a specialist."""
 
     @property
     def name(self) -> str:
         """The model's name in the API."""
-        ...
-
-    @property
-    def generator(self) -> Generator:
-        """Answers as in the evaluation."""
         ...
 
     def stream(
@@ -76,6 +73,8 @@ class Specialist(Protocol):
     ) -> PyGenerator[str, None, Completion]:
         """Yield the answer piece by piece and return the whole with its counts.
 
+        Without options it is the answer that the evaluation measured.
+
         Args:
             chat: the conversation, ending with a user message.
             max_new_tokens: longest answer in tokens; None: the task's own limit.
@@ -83,6 +82,9 @@ class Specialist(Protocol):
             top_p: share of the probability mass that is sampled from.
             seed: seed of the sampling; None: any.
             stop: texts that end the answer; they are not part of it.
+
+        Raises:
+            RequestError: the request cannot be answered as asked.
 
         """
         ...
@@ -165,13 +167,20 @@ def serve(
             app,
             log_level="warning",
             access_log=False,
+            lifespan="off",
             server_header=False,
             timeout_graceful_shutdown=DRAIN_SECONDS,
         )
+        logging.getLogger("uvicorn.error").addFilter(_is_fault)
         if ready:
             ready(f"http://{address}:{listener.getsockname()[1]}/v1")
         with contextlib.suppress(KeyboardInterrupt):  # the usual way to end it
             uvicorn.Server(config).run(sockets=[listener])
+
+
+def _is_fault(record: logging.LogRecord) -> bool:
+    """Whether a log record tells more than that the end of the server cut off an answer."""
+    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -210,10 +219,6 @@ class _Engine:
         """Yield pieces of text, then the whole; nothing more once the client is gone."""
         async with self._queue():
             if await gone():
-                return
-            if request.as_evaluated and not request.stream:
-                generate = self._specialist.generator.generate
-                yield (await self._in_thread(lambda: generate([request.chat])))[0]
                 return
             stream = await self._in_thread(lambda: self._start(request))
             try:
@@ -269,7 +274,8 @@ async def _answer(engine: _Engine, request: ChatRequest, http: Request) -> Respo
         # request can still be said with a proper one.
         piece = await anext(pieces)
         if request.stream:
-            return _EventStream(_events(reply, piece, pieces), media_type="text/event-stream")
+            events = _events(reply, piece, pieces)
+            return _EventStream(events, headers=_STREAM, media_type="text/event-stream")
         while isinstance(piece, str):
             piece = await anext(pieces)
     except StopAsyncIteration:
@@ -345,7 +351,9 @@ def _model(name: str, created: int) -> dict[str, Any]:
 
 def _add_error_handlers(app: FastAPI) -> None:
     async def handle(_: Request, error: Exception) -> Response:
-        return _error_response(_refusal(error))
+        response = _error_response(_refusal(error))
+        response.headers.update(getattr(error, "headers", None) or {})  # `Allow` of a 405
+        return response
 
     app.add_exception_handler(Refusal, handle)
     app.add_exception_handler(HTTPException, handle)
@@ -356,6 +364,9 @@ def _refusal(error: Exception) -> Refusal:
     match error:
         case Refusal():
             return error
+        case RequestError():
+            message = f"{error.place}: {error.cause}; {error.remedy}."
+            return Refusal(400, message, error.place, error.code)
         case RemoteError():
             return Refusal(502, f"{error.place}: {error.cause}", code="upstream_error")
         case MetierError():
