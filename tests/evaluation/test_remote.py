@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -167,22 +168,49 @@ def test_what_may_pass_is_tried_again(serve: Callable[..., Stub], status: int) -
         (401, 1, "the key was not accepted", "METIER_TEST_KEY"),
         (403, 1, "the key was not accepted", "METIER_TEST_KEY"),
         (404, 1, "answered 404", "remote.model 'm'"),
-        (429, 5, "answered 429 .* after 4 retries", "try again later"),
-        (500, 5, "answered 500 .* after 4 retries", "try again later"),
+        (408, 5, "answered 408 .* up to 4 times", "try again later"),
+        (429, 5, "answered 429 .* up to 4 times", "try again later"),
+        (500, 5, "answered 500 .* up to 4 times", "try again later"),
     ],
 )
 def test_what_does_not_pass_is_explained_without_the_key(
-    serve: Callable[..., Stub], status: int, tries: int, cause: str, remedy: str
+    serve: Callable[..., Stub],
+    caplog: pytest.LogCaptureFixture,
+    status: int,
+    tries: int,
+    cause: str,
+    remedy: str,
 ) -> None:
+    caplog.set_level(logging.DEBUG)
     stub = serve(lambda _: _error(status, f"too long, key {KEY}, " + "x" * 9000))
     with pytest.raises(RemoteError, match=cause) as caught:
         RemoteGenerator(_remote(stub), 1).generate(_chats(1))
     assert remedy in caught.value.remedy
     assert caught.value.place == f"remote {stub.url}"
     assert KEY not in str(caught.value)
+    assert "chat/completions" in caplog.text, "the client writes a log"
+    assert KEY not in caplog.text
     assert len(str(caught.value)) < 600
     assert caught.value.__suppress_context__
     assert len(stub.requests) == tries
+
+
+def test_the_endpoint_says_how_long_to_wait(serve: Callable[..., Stub]) -> None:
+    asked: list[float] = []
+
+    def respond(_: dict[str, Any]) -> Reply:
+        asked.append(time.monotonic())
+        return _completion("x") if len(asked) > 1 else (429, {"Retry-After": "1"}, b"{}")
+
+    RemoteGenerator(_remote(serve(respond)), 1).generate(_chats(1))
+    assert asked[1] - asked[0] >= 1, "without being told it waits half a second at most"
+
+
+def test_an_endpoint_that_asks_for_hours_is_not_waited_for(serve: Callable[..., Stub]) -> None:
+    stub = serve(lambda _: (429, {"Retry-After": "7200"}, b"{}"))
+    with pytest.raises(RemoteError, match="answered 429"):
+        RemoteGenerator(_remote(stub), 1).generate(_chats(1))
+    assert len(stub.requests) == 1
 
 
 @pytest.mark.parametrize(
@@ -243,6 +271,15 @@ def test_nobody_listening_is_explained(
     stub.server.server_close()
     with pytest.raises(RemoteError, match="cannot be reached"):
         RemoteGenerator(_remote(stub), 1).generate(_chats(1))
+
+
+def test_connections_are_closed_with_the_arm(serve: Callable[..., Stub]) -> None:
+    arm = RemoteGenerator(_remote(serve(lambda _: _completion("x"))), 1)
+    arm.generate(_chats(1))
+    client = arm._client
+    assert not client.is_closed()
+    del arm
+    assert client.is_closed()
 
 
 def test_a_refused_request_ends_the_work(serve: Callable[..., Stub]) -> None:

@@ -37,8 +37,8 @@ _LATER = "try again later; what is finished is kept"
 class RemoteGenerator:
     """Asks an endpoint for greedy answers, a few requests at a time.
 
-    What may pass (rate limits, server errors, lost connections, timeouts) is retried with growing
-    pauses by the client.
+    What may pass (rate limits, server errors, lost connections, timeouts) is retried by the client
+    with growing pauses, or after the pause that the endpoint asks for, of two minutes at most.
 
     Args:
         remote: the endpoint.
@@ -150,8 +150,8 @@ class RemoteGenerator:
         said = f"{said} ({self._clean(body.get('message') or error)})"
         if status == 404:
             return said, f"check remote.base_url and remote.model '{self._remote.model}'"
-        if status == 429 or status >= 500:
-            return f"{said} after {_RETRIES} retries", _LATER
+        if status in (408, 409, 429) or status >= 500:
+            return f"{said}, which is tried again up to {_RETRIES} times", _LATER
         return said, "check that the model takes such requests and that they fit its context"
 
     def _clean(self, words: object) -> str:
