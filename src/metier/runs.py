@@ -156,10 +156,16 @@ class Run:
     """A directory of stages that one process at a time may write.
 
     Use as a context manager: entering takes the lock, leaving gives it back.
+
+    Attributes:
+        path: the directory.
+        seconds: what making each stage took that was made or found made, by its directory's name.
+
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.seconds: dict[str, float] = {}
         self._lock: int | None = None
         self._new = not path.exists()
 
@@ -206,13 +212,17 @@ class Run:
         path = self.path / f"{name}-{fingerprint(inputs)[:12]}"
         if path.exists():
             try:
-                verify(path)
+                self.seconds[path.name] = verify(path).get("seconds", 0.0)
             except RunError:
                 shutil.rmtree(path)
             else:
                 return path
-        with publish(path, {"stage": name, "inputs": dict(inputs)}) as directory:
+        about: dict[str, Any] = {"stage": name, "inputs": dict(inputs)}
+        began = time.monotonic()
+        with publish(path, about) as directory:
             make(directory)
+            about["seconds"] = time.monotonic() - began
+        self.seconds[path.name] = about["seconds"]
         return path
 
 

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from .measured_arms import SIMPLER, arm, lost, row, verdict_of
+from .measured_arms import SIMPLER, arm, around, kept, lost, row, verdict_of
 from .test_explain import plain
 
 LORA = arm("lora", 250, 251, 252)
@@ -156,3 +156,28 @@ def test_notes_of_an_arm_say_what_it_is_not_better_than():
     assert by_arm["few-shot"] == ""
     assert by_arm["lora"].startswith("It was trained with 2 seeds")
     assert by_arm["lora"].endswith("What it forgot was not measured.")
+
+
+def notes_of(tuned) -> str:
+    return plain(" ".join(verdict_of(*SIMPLER, tuned).arms[-1].notes))
+
+
+def test_a_head_is_said_to_have_changed_its_model_unmeasured():
+    said = (
+        "The model under its head was changed, too; what it forgot was not measured, since the arm "
+        "names labels only and writes no text."
+    )
+    assert notes_of(arm("lora/head", 250, 251, 252, forgetting=())) == said
+    assert notes_of(LORA) == ""
+
+
+@pytest.mark.parametrize(("mean", "said"), [(0.7, False), (0.53, False), (0.515, True)])
+def test_an_ability_the_base_hardly_has_cannot_be_seen_to_be_lost(mean, said):
+    skill = lost().model_copy(update={"before": around(mean, 0.02), "holds": True})
+    found = notes_of(arm("lora", 250, 251, 252, forgetting=(kept(), skill)))
+    assert found == (
+        "Whether it forgot skill: pairs cannot be seen: its base, at 51.5 % (95 % interval 49.5 % "
+        "to 53.5 %), does no better there than guessing (50 %)."
+        if said
+        else ""
+    )

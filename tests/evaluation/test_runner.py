@@ -21,6 +21,7 @@ from metier.evaluation.runner import (
     load_graded,
     measure_latency,
     save_graded,
+    unfinished,
     won_and_lost,
 )
 from metier.graders import load_grader
@@ -80,6 +81,42 @@ def test_a_grader_that_fails_stops_the_run_early(tmp_path):
     with pytest.raises(ConfigError, match="ZeroDivisionError"):
         evaluate(arm, [example(str(i)) for i in range(1_000)], grader)
     assert len(arm.calls) == 1
+
+
+class Failing(Echo):
+    """An endpoint that fails at its third call."""
+
+    def generate(self, chats):
+        if len(self.calls) == 2:
+            raise ConnectionError
+        return super().generate(chats)
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"id": "128", "comp', b'{"id": "128"}', b"\xff\n"])
+def test_an_interrupted_evaluation_goes_on(tmp_path, torn):
+    examples = [example(str(i), answer="7") for i in range(150)]
+    grader = load_grader("exact", "classification", ["7"], None)
+    whole = evaluate(Echo(), examples, grader)
+    assert unfinished(tmp_path, examples) == []
+    with pytest.raises(ConnectionError):
+        evaluate(Failing(), examples, grader, None, tmp_path)
+    with (tmp_path / "graded.jsonl").open("ab") as file:
+        file.write(torn)
+    done = unfinished(tmp_path, examples)
+    assert done == whole[:128], "two chunks, and no torn line"
+    arm, progress = Echo(), Counted()
+    assert evaluate(arm, examples, grader, progress, tmp_path, done) == whole
+    assert [len(call) for call in arm.calls] == [22]
+    assert progress.done == 150
+    assert unfinished(tmp_path, examples) == whole, "what follows a torn line is read again"
+
+
+def test_answers_to_other_examples_are_not_gone_on_with(tmp_path):
+    examples = [example(str(i)) for i in range(3)]
+    grader = load_grader("exact", "classification", ["7"], None)
+    evaluate(Echo(), examples, grader, None, tmp_path)
+    assert len(unfinished(tmp_path, examples)) == 3, "control"
+    assert unfinished(tmp_path, examples[::-1]) == []
 
 
 def test_a_real_model_can_be_evaluated(stories260k):

@@ -9,9 +9,13 @@ import jsonschema
 import pytest
 
 from metier import recipes
-from metier.errors import BudgetError, RunError
+from metier.errors import BudgetError, ConfigError, ModelError, RemoteError, RunError
+from metier.evaluation import runner
+from metier.evaluation.classical import Classical
 from metier.evaluation.schema import Verdict
+from metier.recipes import experiment
 from metier.recipes.experiment import read_verdict
+from metier.records import Chat, Completion
 from tests.recipes.conftest import write_task
 
 
@@ -79,6 +83,88 @@ def test_training_goes_on_after_a_kill(tmp_path: Path, stories260k: Path) -> Non
     assert {path: path.stat().st_mtime_ns for path in run.glob("arm-classical-*")} == made
     assert not list(run.glob(".partial-*"))
     assert verdict.arms
+
+
+def test_seconds_are_those_of_the_work_whenever_it_was_done(finished: Path) -> None:
+    seconds = {
+        path.parent.name: json.loads(path.read_text())["seconds"]
+        for path in (finished / "run").glob("*/manifest.json")
+    }
+    assert all(value > 0 for value in seconds.values())
+    verdict = recipes.run(finished / "task.yaml", finished / "run")
+    assert verdict.seconds == pytest.approx(sum(seconds.values()), rel=0.01)
+    trained = [seed.seconds for arm in verdict.arms for seed in arm.seeds]
+    assert len(trained) == 4
+    assert sum(trained) < verdict.seconds
+
+
+def test_answers_go_on_after_an_endpoint_has_failed(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(finished, tmp_path / "task")
+    task, run = tmp_path / "task" / "task.yaml", tmp_path / "task" / "run"
+    before = json.loads((run / "verdict.json").read_text())
+    (graded,) = run.glob("test-classical-*")
+    whole = (graded / "graded.jsonl").read_bytes()
+    shutil.rmtree(graded)
+    monkeypatch.setattr(runner, "_CHUNK", 4)
+    answered: list[int] = []
+
+    def generate(self: Classical, chats: list[Chat]) -> list[Completion]:
+        if sum(answered) >= 8 and len(answered) == 2:
+            answered.append(0)
+            raise RemoteError("remote", "answered 503", "try again later; what is finished is kept")
+        answered.append(len(chats))
+        return real(self, chats)
+
+    real = Classical.generate
+    monkeypatch.setattr(Classical, "generate", generate)
+    with pytest.raises(RemoteError):
+        recipes.run(task, run)
+    assert list(run.glob("unfinished/test-classical-*/graded.jsonl"))
+    recipes.run(task, run)
+    assert sum(answered) == len(whole.splitlines()) == before["data"]["test"]
+    assert (graded / "graded.jsonl").read_bytes() == whole
+    assert not list(run.glob("unfinished/test-*"))
+
+
+def test_no_verdict_stands_beside_the_files_of_another(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(finished, tmp_path / "task")
+    task, run = tmp_path / "task" / "task.yaml", tmp_path / "task" / "run"
+    assert read_verdict(run).margin == 0.02
+
+    def fail(*_: object) -> None:
+        raise OSError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "write_report", fail)
+        with pytest.raises(OSError, match="full"):
+            recipes.run(task, run, ["margin=0.5"])
+    with pytest.raises(RunError, match=r"verdict\.json"):
+        read_verdict(run)
+    recipes.run(task, run, ["margin=0.5"])
+    assert read_verdict(run).margin == 0.5
+
+
+def test_one_arm_is_trained_over_one_base(tmp_path: Path, stories260k: Path) -> None:
+    task = write_task(tmp_path, stories260k)
+    bases = f"base=['{stories260k}', starter]"
+    with pytest.raises(ConfigError, match="names 2 bases") as caught:
+        recipes.train(task, "lora", tmp_path / "run", [bases])
+    assert f"--set base={stories260k}" in caught.value.remedy
+    assert not (tmp_path / "run").exists()
+    training = ["training.epochs=1", f"base={stories260k}"]
+    assert (recipes.train(task, "lora", tmp_path / "run", training) / "training.json").is_file()
+
+
+def test_arms_without_a_base_run_without_one(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "task", ignore=shutil.ignore_patterns("run"))
+    task = tmp_path / "task" / "task.yaml"
+    recipes.run(task, tmp_path / "run", ["arms=[classical]", "base=/nowhere"])
+    with pytest.raises(ModelError, match="/nowhere"):
+        recipes.run(task, tmp_path / "other", ["arms=[classical,prompt]", "base=/nowhere"])
 
 
 def test_work_beyond_the_budget_is_refused_before_it_starts(

@@ -22,9 +22,15 @@ from metier.evaluation.phrases import (
     number,
     points,
 )
+from metier.evaluation.schema import Forgotten
 
 _SMALL_TEST = 100
 _FEW_CLUSTERS = 50
+_HEAD = (
+    "The model under its head was changed, too; what it forgot was not measured, since the arm "
+    "names labels only and writes no text."
+)
+_GUESSED = 0.5  # the accuracy of guessing which sentence of a pair is the better one
 _PROMPTED = ("prompt", "few-shot", "rag")
 
 
@@ -211,6 +217,21 @@ def arm_notes(each: Compared, outcome: Outcome) -> tuple[str, ...]:
     if each.measured.arm.tuned:
         if len(each.measured.scores) < ENOUGH_SEEDS:
             notes.append(f"It {_few_seeds(len(each.measured.scores))}")
-        if not each.measured.forgetting:
+        if each.measured.arm.mode == "head":
+            notes.append(_HEAD)
+        elif not each.measured.forgetting:
             notes.append(UNMEASURED)
+        notes += [_unseen(part) for part in each.measured.forgetting if _near_chance(part)]
     return tuple(notes)
+
+
+def _near_chance(part: Forgotten) -> bool:
+    return not part.lower_is_better and part.before.low <= _GUESSED
+
+
+def _unseen(part: Forgotten) -> str:
+    return (
+        f"Whether it forgot {part.name} cannot be seen: its base, at "
+        f"{units.percent(part.before.mean)} (95 % interval {units.percent(part.before.low)} to "
+        f"{units.percent(part.before.high)}), does no better there than guessing (50 %)."
+    )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import resource
 import sys
 import time
@@ -20,6 +22,7 @@ from metier.evaluation.schema import Sample
 from metier.graders import Grader, LabelSet
 from metier.progress import Progress, Silent
 from metier.records import Chat, Completion, Example, Generator, Score
+from metier.runs import write_atomic
 
 FILE = "graded.jsonl"
 _CHUNK = 64
@@ -39,6 +42,8 @@ def evaluate(
     examples: Sequence[Example],
     grader: Grader,
     progress: Progress | None = None,
+    scratch: Path | None = None,
+    done: Sequence[Graded] = (),
 ) -> list[Graded]:
     """Answer and grade every example, in order.
 
@@ -49,20 +54,69 @@ def evaluate(
         examples: what to answer.
         grader: gives the scores.
         progress: told of every example done; its stage is the caller's.
+        scratch: directory that keeps finished chunks, for `unfinished`.
+        done: what an interrupted start has answered, the first of the examples.
 
     Raises:
         MetierError: whatever the arm or the grader raises.
 
     """
     progress = progress or Silent()
-    graded: list[Graded] = []
-    for start in range(0, len(examples), _CHUNK):
+    graded = list(done)
+    progress.advance(len(graded))
+    for start in range(len(graded), len(examples), _CHUNK):
         chunk = examples[start : start + _CHUNK]
         completions = generator.generate([example.prompt for example in chunk])
         for example, completion in zip(chunk, completions, strict=True):
             graded.append(Graded(example, completion, grader.grade(completion.text, example)))
+        if scratch:
+            _append(scratch, graded[start:])
         progress.advance(len(chunk))
     return graded
+
+
+def unfinished(scratch: Path, examples: Sequence[Example]) -> list[Graded]:
+    """What an interrupted `evaluate` has answered of these examples: the first of them, in order.
+
+    Lines from the first damaged one on are taken out of the file.
+    """
+    graded: list[Graded] = []
+    path = scratch / FILE
+    if not path.is_file():
+        return graded
+    with contextlib.suppress(ValueError, LookupError, TypeError):
+        for line, example in zip(path.read_bytes().splitlines(True), examples, strict=False):
+            item = _read_line(line.decode(), example)
+            if not line.endswith(b"\n"):
+                break
+            graded.append(item)
+    write_atomic(path, "".join(map(_line, graded)))
+    return graded
+
+
+def _append(scratch: Path, graded: Sequence[Graded]) -> None:
+    scratch.mkdir(parents=True, exist_ok=True)
+    with (scratch / FILE).open("a", encoding="utf-8") as file:
+        file.writelines(map(_line, graded))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _line(item: Graded) -> str:
+    row = {
+        "id": item.example.id,
+        "completion": dataclasses.asdict(item.completion),
+        "score": dataclasses.asdict(item.score),
+    }
+    return json.dumps(row) + "\n"
+
+
+def _read_line(line: str, example: Example) -> Graded:
+    """Read what `_line` wrote for an example; a line that is not one raises one of many errors."""
+    row = json.loads(line)
+    if row["id"] != example.id:
+        raise ValueError("was written for other examples")
+    return Graded(example, Completion(**row["completion"]), Score(**row["score"]))
 
 
 def measure_latency(
@@ -99,13 +153,7 @@ def peak_memory() -> int:
 def save_graded(directory: Path, graded: Sequence[Graded]) -> None:
     """Write graded answers into a stage's directory, one JSON line per example, by its id."""
     with (directory / FILE).open("w", encoding="utf-8") as file:
-        for item in graded:
-            row = {
-                "id": item.example.id,
-                "completion": dataclasses.asdict(item.completion),
-                "score": dataclasses.asdict(item.score),
-            }
-            file.write(json.dumps(row) + "\n")
+        file.writelines(map(_line, graded))
 
 
 def load_graded(directory: Path, examples: Sequence[Example]) -> list[Graded]:
@@ -119,17 +167,11 @@ def load_graded(directory: Path, examples: Sequence[Example]) -> list[Graded]:
     remedy = "delete this directory; the run makes it again"
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines]
-        answers = [(Completion(**row["completion"]), Score(**row["score"])) for row in rows]
-        ids = [row["id"] for row in rows]
+        if len(lines) != len(examples):
+            raise ValueError("was written for other examples")
+        return [_read_line(line, example) for line, example in zip(lines, examples, strict=True)]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise RunError(str(path), f"cannot be read ({error})", remedy) from None
-    if ids != [example.id for example in examples]:
-        raise RunError(str(path), "was written for other examples", remedy)
-    return [
-        Graded(example, completion, score)
-        for example, (completion, score) in zip(examples, answers, strict=True)
-    ]
 
 
 def confusion(labels: Sequence[str], graded: Sequence[Graded]) -> tuple[tuple[int, int, int], ...]:

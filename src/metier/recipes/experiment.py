@@ -72,7 +72,6 @@ def run(
     progress: Progress,
 ) -> Verdict:
     """Compare the arms of a task and decide. The arguments are those of `recipes.run`."""
-    began = time.monotonic()
     task = read_task(task_file, overrides)
     _check_reference(task)
     progress.stage("read and split the data")
@@ -89,7 +88,7 @@ def run(
             update={
                 "command": " ".join(["metier", *sys.argv[1:]]),
                 "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                "seconds": time.monotonic() - began,
+                "seconds": experiment.seconds(candidates),
                 "versions": runs.versions(),
             }
         )
@@ -109,6 +108,13 @@ def train_one(task_file: Path, out: Path, overrides: Iterable[str], progress: Pr
     """Train the only arm of a task with its first seed. See `recipes.train`."""
     task = read_task(task_file, overrides)
     (arm,) = task.chosen_arms()
+    bases = task.bases()
+    if len(bases) > 1:
+        raise ConfigError(
+            "base",
+            f"names {len(bases)} bases, but one arm over one base is trained",
+            f"choose one of {', '.join(bases)}, e.g. --set base={bases[0]}",
+        )
     if not arm.tuned:
         raise ConfigError(f"arm '{arm.name}'", "is not trained", f"use {', '.join(TUNED_METHODS)}")
     bench = open_workbench(task, task_file.parent)
@@ -167,9 +173,6 @@ class Experiment:
         candidate.notes = tuple(json.loads((answers[0] / "notes.json").read_text()))
         if arm.tuned and arm.mode != "head":
             candidate.forgetting = self._forgetting(arm, directories)
-        elif arm.tuned:
-            note = "a head names labels only: the base stays as it is, so nothing can be forgotten"
-            candidate.notes = (*candidate.notes, note)
 
     def decide(
         self, candidates: list[Candidate], openings: int
@@ -196,11 +199,27 @@ class Experiment:
         reference = next(c for c in candidates if c.arm.name == verdict.reference)
         return verdict, [self._details(c, reference) for c in candidates]
 
+    def seconds(self, candidates: list[Candidate]) -> float:
+        """What making all stages took; a training that was interrupted counts as a whole."""
+        trained = {
+            path.name: facts.seconds
+            for candidate in candidates
+            for path, facts in zip(candidate.directories, self._facts(candidate), strict=False)
+        }
+        return sum(
+            max(seconds, trained.get(name, 0.0)) for name, seconds in self._run.seconds.items()
+        )
+
     def publish(
         self, verdict: Verdict, details: list[ArmDetails], candidates: list[Candidate]
     ) -> None:
-        """Write verdict, report and the index of arms that `specialist` reads."""
+        """Write verdict, report and the index of arms that `specialist` reads.
+
+        Readers begin with the verdict: it goes first and comes last, so that none ever stands
+        beside the files of another.
+        """
         out = self._run.path
+        (out / "verdict.json").unlink(missing_ok=True)
         index = {
             "data": self._bench_dir.name,
             "arms": {
@@ -258,16 +277,22 @@ class Experiment:
         bench = self._bench
         examples: tuple[Example, ...] = getattr(bench.parts, part)
 
-        def make(path: Path) -> None:
+        def make(path: Path, scratch: Path) -> None:
             seed = f", {directory.name.split('-')[-2]}" if arm.tuned else ""
             self._progress.stage(f"{part}: {arm.name}{seed}", len(examples))
             built = making.build(bench, arm, directory)
-            graded = runner.evaluate(built.generator, examples, bench.grader, self._progress)
+            if arm.tuned and built.engine:  # the limit may have been lowered since the training
+                making.check_answers(bench, built.engine)
+            done = runner.unfinished(scratch, examples)
+            built.count([item.example.prompt for item in done])
+            graded = runner.evaluate(
+                built.generator, examples, bench.grader, self._progress, scratch, done
+            )
             runner.save_graded(path, graded)
             (path / "notes.json").write_text(_json(built.notes()))
 
         inputs = self._keys.answers(arm, directory, examples)
-        return self._run.stage(f"{part}-{slug(arm)}", inputs, make)
+        return self._resumable(f"{part}-{slug(arm)}", inputs, make)
 
     def _measurements(self, arm: Arm, directory: Path) -> Path:
         """Latency, memory and notes of an arm, measured on validation requests."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from metier.errors import TrainingError
 from metier.evaluation import arms, wording
 from metier.evaluation.classical import Classical
 from metier.evaluation.remote import RemoteGenerator
@@ -44,12 +45,14 @@ class Built:
         generator: answers chats.
         engine: the language model behind it, if it has one of its own.
         notes: what a reader must know of its answers so far, in words.
+        count: lets the notes speak of requests, too, that an interrupted start has answered.
 
     """
 
     generator: Generator
     engine: Engine | None
-    notes: Callable[[], tuple[str, ...]]
+    notes: Callable[[], tuple[str, ...]] = tuple
+    count: Callable[[Sequence[Chat]], object] = len
 
 
 class WithinContext:
@@ -61,13 +64,18 @@ class WithinContext:
 
     def generate(self, chats: Sequence[Chat]) -> list[Completion]:
         """Answer each chat; one that does not fit gets an empty answer."""
-        fitting = [self._fits(chat) for chat in chats]
+        fitting = self.count(chats)
         answers = iter(
             self._inner.generate([c for c, fits in zip(chats, fitting, strict=True) if fits])
         )
+        return [next(answers) if fits else Completion("", finished=False) for fits in fitting]
+
+    def count(self, chats: Sequence[Chat]) -> list[bool]:
+        """Which of the chats fit; they count as asked."""
+        fitting = [self._fits(chat) for chat in chats]
         self._asked += len(chats)
         self._refused += fitting.count(False)
-        return [next(answers) if fits else Completion("", finished=False) for fits in fitting]
+        return fitting
 
     def notes(self) -> tuple[str, ...]:
         """How many did not fit."""
@@ -88,7 +96,7 @@ def build(bench: Workbench, arm: Arm, directory: Path) -> Built:
 
     """
     if arm.method == "classical":
-        return Built(Classical.load(directory), None, tuple)
+        return Built(Classical.load(directory), None)
     about: dict[str, Any] = json.loads((directory / _ABOUT).read_text("utf-8"))
     if arm.method == "remote":
         return remote(bench, about["phrasing"])
@@ -181,10 +189,10 @@ def prepare(bench: Workbench, arm: Arm, engine: Engine) -> tuple[Prepared, Prepa
     """Training and validation rows of a tuned arm.
 
     Raises:
-        TrainingError: a row could not be learned from.
+        TrainingError: a row could not be learned from, or its answer never be written.
 
     """
-    compose = composer(bench, arm, arms.room_in(engine), "")
+    compose = composer(bench, arm, room(bench, arm, engine), "")
 
     def prepared(part: Sequence[Example]) -> Prepared:
         composed = [
@@ -193,7 +201,45 @@ def prepare(bench: Workbench, arm: Arm, engine: Engine) -> tuple[Prepared, Prepa
         ]
         return preflight.prepare(composed, engine.renderer, bench.task.training, engine.context)
 
-    return prepared(bench.parts.train), prepared(bench.parts.validation)
+    rows = prepared(bench.parts.train), prepared(bench.parts.validation)
+    if arm.mode == "text":
+        check_answers(bench, engine)
+    return rows
+
+
+def check_answers(bench: Workbench, engine: Engine) -> None:
+    """Refuse a limit under which a tuned arm could not write what it was taught.
+
+    Raises:
+        TrainingError: `max_new_tokens` is below the longest training answer with its stop token.
+
+    """
+    rows = [(preflight.render(row, engine.renderer), row) for row in bench.parts.train]
+    limit = preflight.longest(bench.task.training, engine.context)
+    kept = [(sum(row.trained), example) for row, example in rows if len(row.ids) <= limit]
+    longest, example = max(kept, key=lambda pair: pair[0])
+    if longest > engine.max_new_tokens:
+        raise TrainingError(
+            example.source or f"example {example.id}",
+            f"its answer is {longest:,} tokens long with its stop token, but max_new_tokens is "
+            f"{engine.max_new_tokens:,}: a tuned arm's answers would be cut",
+            f"set max_new_tokens: {longest}, or leave it out, or shorten the answer",
+        )
+
+
+def room(bench: Workbench, arm: Arm, engine: Engine) -> arms.Fits:
+    """What a composed chat must fit into: the context, and where it is trained, `max_length`.
+
+    Room is kept for the longest known answer, not for the answer of the row at hand: so an
+    example is composed in training as its input is when it is asked.
+    """
+    fits = arms.room_in(engine)
+    if arm.method != "lora+rag":
+        return fits
+    held_out = (preflight.render(row, engine.renderer) for row in bench.parts.validation)
+    longest = max([engine.max_new_tokens, *(sum(row.trained) for row in held_out)])
+    limit = preflight.longest(bench.task.training, engine.context)
+    return lambda chat: len(engine.renderer.prompt(chat)) + longest <= limit
 
 
 def _index(bench: Workbench, texts: list[str]) -> Index:
@@ -206,19 +252,24 @@ def _index(bench: Workbench, texts: list[str]) -> Index:
 
 def _composed(bench: Workbench, arm: Arm, engine: Engine, phrasing: str) -> Built:
     fits = arms.room_in(engine)
-    compose = composer(bench, arm, fits, phrasing)
+    compose = composer(bench, arm, room(bench, arm, engine), phrasing)
     if arm.mode == "likelihood":
         inner = WithinContext(arms.Likelihood(engine, lambda chat: chat, bench.labels), fits)
     else:
         inner = WithinContext(engine, fits)
     until = "" if arm.tuned else engine.renderer.next_turn
     generator = arms.Composed(inner, compose, bench.task.kind == "classification", until)
-    return Built(generator, engine, lambda: (*compose.notes(), *inner.notes()))
+    return Built(
+        generator,
+        engine,
+        lambda: (*compose.notes(), *inner.notes()),
+        lambda chats: inner.count([compose(chat) for chat in chats]),
+    )
 
 
 def _fitted(generator: Generator, engine: Engine) -> Built:
     within = WithinContext(generator, arms.room_in(engine))
-    return Built(within, engine, within.notes)
+    return Built(within, engine, within.notes, within.count)
 
 
 def remote(bench: Workbench, phrasing: str) -> Built:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from metier.data.split import Parts, corpus_overlap, read_parts
-from metier.errors import RunError
+from metier.errors import DataError, RunError
 from metier.evaluation.forgetting import Material, load_material
 from metier.graders import Grader, load_grader
 from metier.records import Example
@@ -81,6 +81,7 @@ def open_workbench(task: Task, base_dir: Path) -> Workbench:
 
     """
     parts = read_parts(task, base_dir)
+    _refuse_tools([*parts.train, *parts.validation, *parts.test])
     labels: tuple[str, ...] = ()
     if task.kind == "classification":
         labels = task.labels or tuple(sorted({row.answer for row in parts.train}))
@@ -100,6 +101,23 @@ def open_workbench(task: Task, base_dir: Path) -> Workbench:
     if any(arm.tuned for arm in task.chosen_arms()):
         _ = bench.material
     return bench
+
+
+def _refuse_tools(examples: Iterable[Example]) -> None:
+    """No arm is given tools when it answers, so none may learn with them."""
+    for row in examples:
+        for message in row.messages:
+            if (
+                row.tools
+                or message.get("tool_calls")
+                or message.get("role") in ("tool", "function")
+            ):
+                raise DataError(
+                    row.source or f"example {row.id}",
+                    "uses tools, which no arm is offered when it answers",
+                    "describe the tools in the text of the input and give the call as the text of "
+                    "the answer, as examples/prepare.py does for bfcl",
+                )
 
 
 def save(bench: Workbench, directory: Path) -> None:

@@ -45,14 +45,14 @@ def prepare(
         TrainingError: a row has no trained token, does not train its stop token, or is too long.
 
     """
-    longest = min(training.max_length, limit or training.max_length)
+    most = longest(training, limit)
     rows: list[Row] = []
     kept: list[Example] = []
     for example in examples:
-        row = _render(example, renderer)
-        if len(row.ids) > longest:
+        row = render(example, renderer)
+        if len(row.ids) > most:
             if training.too_long != "drop":
-                raise _too_long(example, len(row.ids), longest)
+                raise _too_long(example, len(row.ids), most)
             continue
         rows.append(row)
         kept.append(example)
@@ -63,7 +63,18 @@ def prepare(
     return Prepared(rows, kept, shown, {"too long": dropped} if dropped else {})
 
 
-def _render(example: Example, renderer: Renderer) -> Row:
+def longest(training: Training, limit: int | None) -> int:
+    """Tokens of the longest row that is trained on; `limit` is what the base can read."""
+    return min(training.max_length, limit or training.max_length)
+
+
+def render(example: Example, renderer: Renderer) -> Row:
+    """The row of one example.
+
+    Raises:
+        TrainingError: it has no trained token, or does not train its stop token.
+
+    """
     place = example.source or f"example {example.id}"
     try:
         row = Row.of(renderer.example(example.messages, example.tools))

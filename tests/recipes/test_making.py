@@ -1,0 +1,101 @@
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from metier.errors import TrainingError
+from metier.model.generate import Engine
+from metier.model.load import load_base
+from metier.recipes import making
+from metier.recipes.workbench import Workbench, open_workbench, read_task
+from metier.task import Arm
+from metier.text.template import Renderer
+from tests.recipes.conftest import write_task
+
+LORA_RAG = Arm.of("lora+rag")
+
+
+def open_with(directory: Path, base: Path, **changes: object) -> tuple[Workbench, Engine]:
+    task = read_task(write_task(directory, base, **changes))
+    bench = open_workbench(task, directory)
+    loaded = load_base(str(base))
+    return bench, making.make_engine(bench, loaded, loaded.model)
+
+
+def training(max_length: int, **changes: object) -> dict[str, object]:
+    return {"epochs": 1, "seeds": [0], "max_length": max_length, **changes}
+
+
+def test_a_limit_below_the_taught_answers_is_refused(tmp_path: Path, stories260k: Path) -> None:
+    bench, engine = open_with(tmp_path, stories260k, max_new_tokens=4)
+    for name in ("lora", "full", "lora+rag"):
+        with pytest.raises(TrainingError, match="is 5 tokens long with its stop") as caught:
+            making.prepare(bench, Arm.of(name), engine)
+    assert "rows.jsonl:" in caught.value.place
+    assert "set max_new_tokens: 5" in caught.value.remedy
+    making.prepare(bench, Arm.of("lora/head"), engine)
+    bench, engine = open_with(tmp_path, stories260k, max_new_tokens=5)
+    rows, _ = making.prepare(bench, Arm.of("lora"), engine)
+    assert max(sum(row.trained) for row in rows.rows) == 5
+
+
+def test_a_row_that_is_dropped_asks_for_no_room(tmp_path: Path, stories260k: Path) -> None:
+    bench, engine = open_with(tmp_path, stories260k, training=training(60, too_long="drop"))
+    first, *rest = bench.parts.train
+    answer = {"role": "assistant", "content": "a long story " * 30}
+    long = dataclasses.replace(first, messages=(first.messages[0], answer))
+    parts = dataclasses.replace(bench.parts, train=(long, *rest))
+    rows, _ = making.prepare(dataclasses.replace(bench, parts=parts), Arm.of("lora"), engine)
+    assert rows.dropped == {"too long": 1}
+
+
+def test_what_is_looked_up_makes_room_for_the_answer(tmp_path: Path, stories260k: Path) -> None:
+    """Rows with all passages are far above `max_length`; with fewer they fit."""
+    bench, engine = open_with(tmp_path, stories260k, training=training(96))
+    whole, _ = open_with(tmp_path, stories260k, training=training(512))
+    unlimited, _ = making.prepare(whole, LORA_RAG, engine)
+    assert max(len(row.ids) for row in unlimited.rows) > 96, "control"
+    rows = making.prepare(bench, LORA_RAG, engine)
+    lengths = [len(row.ids) for part in rows for row in part.rows]
+    assert 60 < max(lengths) <= 96
+    assert rows[0].dropped == rows[1].dropped == {}
+    bare, _ = making.prepare(bench, Arm.of("lora"), engine)
+    assert len(rows[0].rows[0].ids) > len(bare.rows[0].ids), "something is still looked up"
+
+
+def test_a_long_validation_answer_has_room_too(tmp_path: Path, stories260k: Path) -> None:
+    bench, engine = open_with(tmp_path, stories260k, training=training(96))
+    first, *rest = bench.parts.validation
+    answer = {"role": "assistant", "content": "a big red dog and a small cat in the park"}
+    long = dataclasses.replace(first, messages=(first.messages[0], answer))
+    parts = dataclasses.replace(bench.parts, validation=(long, *rest))
+    _, held_out = making.prepare(dataclasses.replace(bench, parts=parts), LORA_RAG, engine)
+    assert sum(held_out.rows[0].trained) > engine.max_new_tokens
+    assert len(held_out.rows[0].ids) <= 96
+
+
+def test_an_arm_asks_as_it_was_trained(
+    tmp_path: Path, stories260k: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, engine = open_with(tmp_path, stories260k, training=training(96))
+    rows, _ = making.prepare(bench, LORA_RAG, engine)
+    monkeypatch.setattr(making, "load_engine", lambda *_: engine)
+    making.write_about(tmp_path, LORA_RAG, "")
+    built = making.build(bench, LORA_RAG, tmp_path)
+    renderer = Renderer(engine.renderer.tokenizer, bench.task.template)
+    for row, example in zip(rows.rows, bench.parts.train, strict=True):
+        asked = renderer.prompt(built.generator.compose(example.prompt))
+        assert list(row.ids[: row.trained.index(True)]) == asked
+
+
+def test_notes_speak_of_requests_answered_before(tmp_path: Path, stories260k: Path) -> None:
+    _, engine = open_with(tmp_path, stories260k)
+    chats = [[{"role": "user", "content": text}] for text in ("a dog", "a dog " * 600, "a cat")]
+    notes = []
+    for answered in (0, 2):
+        built = making._fitted(engine, engine)
+        built.count(chats[:answered])
+        built.generator.generate(chats[answered:])
+        notes.append(built.notes())
+    assert notes[0] == notes[1]
+    assert notes[0][0].startswith("1 of 3 requests are longer")
