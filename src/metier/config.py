@@ -5,6 +5,7 @@ Every config class of the project derives from `Config`. A docstring under each 
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 import re
@@ -35,10 +36,7 @@ class Config(BaseModel):
             ConfigError: the file cannot be read or parsed, or a field is unknown or wrong.
 
         """
-        values = read_yaml(path)
-        for override in overrides:
-            _apply_override(values, override)
-        return cls.parse(values, str(path))
+        return cls.parse(overridden(read_yaml(path), overrides), str(path))
 
     @classmethod
     def parse(cls, values: Mapping[str, Any], place: str) -> Self:
@@ -125,6 +123,19 @@ def _yaml_error(path: Path, error: Exception) -> ConfigError:
 
 def _problem(error: Exception) -> str:
     return getattr(error, "problem", None) or str(error).splitlines()[0]
+
+
+def overridden(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """Plain values with ``a.b=value`` overrides; the values given stay as they are.
+
+    Raises:
+        ConfigError: an override has another form, or a value that cannot be read.
+
+    """
+    changed = copy.deepcopy(dict(values))
+    for override in overrides:
+        _apply_override(changed, override)
+    return changed
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:

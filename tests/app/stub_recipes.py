@@ -113,8 +113,8 @@ def plan(task_file, overrides=(), progress=None):
     return Plan(arms=arms, minutes=float("nan"), memory=10**9)
 
 
-def train(task_file, arm, out=None, overrides=(), progress=None):
-    calls.append(("train", task_file, arm, out, list(overrides)))
+def train(task_file, arm, out=None, overrides=(), budget=None, progress=None):
+    calls.append(("train", task_file, arm, out, list(overrides), budget))
     return Path("runs/x")
 
 

@@ -244,6 +244,11 @@ def test_wrong_override(place: Path, bad: Bad) -> None:
     refuse(bad, "audit", "task.yaml", "--set", bad.change)
 
 
+def test_a_demo_that_cannot_run_leaves_nothing(place: Path) -> None:
+    refuse(Bad(None, "training.epoch", "not a known key"), "demo", "--set", "training.epoch=1")
+    refuse(Bad(None, "grader", "no grader"), "demo", "--set", "grader=exakt", "--out", "run")
+
+
 # --- bases
 
 

@@ -49,7 +49,7 @@ Overrides = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Override a field, e.g. training.epochs=3."),
 ]
 Budget = Annotated[
-    float | None, typer.Option(metavar="MINUTES", help="Longest time the run may take.")
+    float | None, typer.Option(metavar="MINUTES", help="Longest time the work may take.")
 ]
 Json = Annotated[
     bool, typer.Option("--json", help="Print JSON to the standard output and nothing else.")
@@ -247,6 +247,7 @@ def train(
     arm: Annotated[str, typer.Argument(metavar="ARM", help="A tuned arm: lora, full, ...")],
     out: Out = None,
     overrides: Overrides = _NONE,
+    budget: Budget = None,
     as_json: Json = False,
 ) -> None:
     """Train one arm alone, without a verdict."""
@@ -254,7 +255,7 @@ def train(
     from metier.app.terminal import TerminalProgress
 
     with TerminalProgress() as progress:
-        path = recipes.train(task_file, arm, out, overrides, progress)
+        path = recipes.train(task_file, arm, out, overrides, budget, progress)
     _print({"path": str(path)}, as_json)
 
 

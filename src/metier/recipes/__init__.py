@@ -54,14 +54,24 @@ def demo(
     """
     import yaml
 
+    from metier.config import overridden
     from metier.data import builtin
+    from metier.errors import MetierError
     from metier.runs import write_atomic
+    from metier.task import Task
 
     values = builtin.task_values(name)
+    Task.parse(overridden(values, overrides), f"demo {name}")
     directory = run_directory(str(values["name"]), out)
     task_file = directory / "task.yaml"
     write_atomic(task_file, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
-    return run(task_file, directory, overrides, budget, progress)
+    try:
+        return run(task_file, directory, overrides, budget, progress)
+    except MetierError:
+        if list(directory.iterdir()) == [task_file]:  # nothing was made
+            task_file.unlink()
+            directory.rmdir()
+        raise
 
 
 def init(file: Path, out: Path | None = None, force: bool = False) -> Path:
@@ -85,7 +95,7 @@ def init(file: Path, out: Path | None = None, force: bool = False) -> Path:
         target = target / "task.yaml"
     if target.exists() and not force:
         raise ConfigError(str(target), "exists already", "add --force, or give another --out")
-    write_atomic(target, propose(file))
+    write_atomic(target, propose(file, target.parent))
     return target
 
 
@@ -142,24 +152,39 @@ def train(
     arm: str,
     out: Path | None = None,
     overrides: Sequence[str] = (),
+    budget: float | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Train one tuned arm with the task's first seed, without a verdict.
+
+    Args:
+        task_file: task.yaml.
+        arm: a tuned arm, such as ``lora`` or ``full/head``.
+        out: run directory; see `run_directory`.
+        overrides: ``key=value`` with dotted keys.
+        budget: minutes the training may take; by default the task's.
+        progress: is told every step.
 
     Returns:
         the directory with adapter or model.
 
     Raises:
         ConfigError: the arm is not a tuned one, or does not fit the task.
+        BudgetError: it would take longer than the budget.
 
     """
     from metier.model.device import set_threads
+    from metier.recipes import planning
     from metier.recipes.experiment import train_one
-    from metier.task import Task
+    from metier.recipes.workbench import open_workbench, read_task
 
     set_threads()
     overrides = [*overrides, f"arms=['{arm}']"]
-    directory = run_directory(Task.load(task_file, overrides).name, out)
+    task = read_task(task_file, overrides)
+    directory = run_directory(task.name, out)
+    if task.chosen_arms()[0].tuned:
+        bench = open_workbench(task, task_file.parent)
+        planning.hold(planning.plan_training(bench, progress or Silent()), budget or task.budget)
     return train_one(task_file, directory, overrides, progress or Silent())
 
 

@@ -7,24 +7,27 @@ usually ends a training sooner, is not counted on.
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from metier.config import Config
+from metier.data.split import PARTS
 from metier.errors import BudgetError
+from metier.evaluation import units
 from metier.evaluation.arms import room_in
 from metier.evaluation.wording import phrasings
 from metier.model.adapters import add_lora
 from metier.model.generate import Engine
 from metier.model.load import load_base
+from metier.model.memory import PeakMemory
 from metier.progress import Progress
 from metier.recipes import making
 from metier.recipes.workbench import Workbench
-from metier.records import Example
 from metier.task import Arm
 from metier.training import sft
 from metier.training.batches import Row, pad
@@ -34,8 +37,13 @@ _CHOSEN_ON = 40
 _SAMPLED = 24
 _LEAST_SECONDS = 0.2
 _MOST_ROWS = 16
+_READ, _WRITTEN = 128, 32
 _CLASSICAL_PER_SECOND = 20_000
 _REMOTE_SECONDS = 0.5
+# Weight, gradient and the two moments of AdamW, in float32.
+_FULL_BYTES = 16
+# Characters of general text that show what was forgotten.
+_GENERAL_TEXT = 32_000
 
 
 class ArmPlan(Config):
@@ -57,27 +65,75 @@ class Plan(Config):
 
 @dataclass(frozen=True)
 class Speed:
-    """Measured on one base, in tokens per second; memory in bytes."""
+    """Measured on one model, in tokens per second; memory in bytes of this process.
+
+    Attributes:
+        read: of prompts.
+        write: of several answers at once.
+        alone: of one answer alone.
+        score: of text whose probability is computed.
+        train: of training.
+        answering: memory while it answers.
+        training: memory while it trains.
+
+    """
 
     read: float
     write: float
-    train: float
-    memory: int
+    alone: float
+    score: float
+    answering: int
+    train: float = math.nan
+    training: int = 0
 
 
-def plan(bench: Workbench, progress: Progress) -> Plan:
-    """Estimate every arm of a task on this machine."""
+@dataclass(frozen=True)
+class Request:
+    """Mean tokens of one request of an arm.
+
+    Attributes:
+        read: at once.
+        written: one after the other.
+
+    """
+
+    read: float
+    written: float
+
+
+def plan(bench: Workbench, progress: Progress, made: Collection[str] = ()) -> Plan:
+    """Say what the data is, and estimate every arm of a task on this machine.
+
+    Args:
+        bench: what the arms are made from.
+        progress: is told.
+        made: names of the arms that are made already, of which only the answers are to come.
+
+    """
+    _say_data(bench, progress)
     progress.stage("estimate time and memory")
-    arms: list[ArmPlan] = []
-    for base in bench.task.bases():
-        chosen = [arm.model_copy(update={"base": base}) for arm in bench.task.chosen_arms()]
-        arms += _plan_base(bench, base, chosen, named=len(bench.task.bases()) > 1)
-    unique = {arm.arm: arm for arm in arms}
+    arms = bench.task.chosen_arms()
+    found = [_plan_elsewhere(bench, arm, made) for arm in arms if not _local(arm)]
+    for name in bench.task.bases():
+        if local := [arm for arm in arms if _local(arm)]:
+            found += _plan_base(_Base(bench, name, local), local, made)
     return Plan(
-        arms=tuple(unique.values()),
-        minutes=sum(arm.minutes for arm in unique.values()),
-        memory=max(arm.memory for arm in unique.values()),
+        arms=tuple(found),
+        minutes=sum(arm.minutes for arm in found),
+        memory=max(arm.memory for arm in found),
     )
+
+
+def plan_training(bench: Workbench, progress: Progress) -> Plan:
+    """The same for one training of a task's only arm, with one seed and no answers."""
+    _say_data(bench, progress)
+    progress.stage("estimate time and memory")
+    (arm,) = bench.task.chosen_arms()
+    base = _Base(bench, bench.task.bases()[0], [arm])
+    seconds = base.making(arm, base.request(arm)) / len(bench.task.training.seeds)
+    memory = base.memory(arm, made=False)
+    found = ArmPlan(arm=arm.name, minutes=seconds / 60, memory=memory)
+    return Plan(arms=(found,), minutes=found.minutes, memory=memory)
 
 
 def hold(estimate: Plan, budget: float) -> None:
@@ -90,86 +146,209 @@ def hold(estimate: Plan, budget: float) -> None:
     if estimate.minutes <= budget:
         return
     longest = max(estimate.arms, key=lambda arm: arm.minutes)
+    several = len(estimate.arms) > 1
+    taken, allowed, most = (
+        units.seconds(minutes * 60) for minutes in (estimate.minutes, budget, longest.minutes)
+    )
     raise BudgetError(
         "budget",
-        f"the run would take about {estimate.minutes:.0f} minutes, the budget is {budget:.0f}; "
-        f"{longest.arm} alone takes {longest.minutes:.0f}",
-        f"allow more (--budget {estimate.minutes * 1.2:.0f}), leave out {longest.arm}, lower "
-        "training.epochs, or set split.max_train and split.max_test",
+        f"this would take about {taken}, the budget is {allowed}"
+        + (f"; {longest.arm} alone takes {most}" if several else ""),
+        f"allow more (--budget {math.ceil(estimate.minutes * 1.2)}), "
+        + (f"leave out {longest.arm}, " if several else "")
+        + "lower training.epochs, or set split.max_train and split.max_test",
     )
 
 
-def _plan_base(bench: Workbench, name: str, arms: Sequence[Arm], *, named: bool) -> list[ArmPlan]:
-    local = [arm for arm in arms if arm.method not in ("classical", "remote")]
-    found = []
-    engine, speed = _measure(bench, name, local) if local else (None, Speed(1, 1, 1, 0))
-    for arm in arms:
-        _check(bench, arm, engine)
-        seconds = _seconds(bench, arm, engine, speed)
-        shown = arm if named and arm in local else arm.model_copy(update={"base": ""})
-        found.append(ArmPlan(arm=shown.name, minutes=seconds / 60, memory=speed.memory))
-    return found
+def _say_data(bench: Workbench, progress: Progress) -> None:
+    """The lines of an audit that a person must see before work begins."""
+    sizes = ", ".join(f"{name} {len(getattr(bench.parts, name)):,}" for name in PARTS)
+    progress.say(f"rows: {sizes}")
+    removed = bench.parts.removed | bench.removed_passages
+    if left_out := ", ".join(f"{why} {count:,}" for why, count in removed.items() if count):
+        progress.say(f"left out: {left_out}")
+    for warning in bench.parts.warnings:
+        progress.say(f"warning: {warning}")
 
 
-def _check(bench: Workbench, arm: Arm, engine: Engine | None) -> None:
-    """Refuse now what would stop the arm after others have run."""
+def _local(arm: Arm) -> bool:
+    """Whether a base on this machine answers."""
+    return arm.method not in ("classical", "remote")
+
+
+def _plan_elsewhere(bench: Workbench, arm: Arm, made: Collection[str]) -> ArmPlan:
+    """An arm without a base; what it needs besides this process is small."""
+    parts, memory = bench.parts, _resident()
+    making_it, answering = len(parts.train) * len(bench.labels) / _CLASSICAL_PER_SECOND, 0.0
     if arm.method == "remote":
-        making.remote(bench, phrasings(bench.task.kind)[0].name)
-    elif arm.tuned and engine:
-        making.prepare(bench, arm, engine)
+        names = [phrasing.name for phrasing in phrasings(bench.task.kind)]
+        making.remote(bench, names[0])  # what would stop it is refused now
+        making_it = _CHOSEN_ON * len(names) * _REMOTE_SECONDS
+        requests = len(parts.validation) + len(parts.test) + _LATENCY_REQUESTS
+        answering = requests * _REMOTE_SECONDS
+    seconds = (arm.name not in made) * making_it + answering
+    return ArmPlan(arm=arm.name, minutes=seconds / 60, memory=memory)
 
 
-def _seconds(bench: Workbench, arm: Arm, engine: Engine | None, speed: Speed) -> float:
-    parts = bench.parts
-    requests = len(parts.validation) + len(parts.test) + _LATENCY_REQUESTS
-    if arm.method == "classical":
-        return len(parts.train) * len(bench.labels) / _CLASSICAL_PER_SECOND
-    if arm.method == "remote" or engine is None:
-        return (requests + _CHOSEN_ON * len(phrasings(bench.task.kind))) * _REMOTE_SECONDS
-    read, written = _lengths(bench, arm, engine)
-    answer = read / speed.read + written / speed.write
-    if arm.mode == "likelihood":
-        answer = (read + written * len(bench.labels)) / speed.read
+def _plan_base(base: _Base, arms: Sequence[Arm], made: Collection[str]) -> Iterator[ArmPlan]:
+    """The arms over one base."""
+    for arm in arms:
+        name, request = base.arm_name(arm), base.request(arm)
+        seconds = base.answering(arm, request) + base.forgetting(arm)
+        if name not in made:
+            seconds += base.making(arm, request)
+        yield ArmPlan(arm=name, minutes=seconds / 60, memory=base.memory(arm, name in made))
+
+
+class _Base:
+    """Estimates, in seconds and bytes, for the arms over one base."""
+
+    def __init__(self, bench: Workbench, name: str, arms: Sequence[Arm]) -> None:
+        self._bench, self._name = bench, name
+        self._engine, self._speeds = _measure(bench, name, {_model_of(arm) for arm in arms})
+        # The base is measured once, for all arms that may forget.
+        self._first = next((arm for arm in arms if _may_forget(arm)), None)
+
+    def arm_name(self, arm: Arm) -> str:
+        """How reports call an arm over this base."""
+        several = len(self._bench.task.bases()) > 1
+        return arm.model_copy(update={"base": self._name if several else ""}).name
+
+    def making(self, arm: Arm, request: Request) -> float:
+        """Training with every seed, or choosing a phrasing; refuses now what cannot be trained."""
+        parts = self._bench.parts
+        if not arm.tuned:
+            tried = min(_CHOSEN_ON, len(parts.validation)) * len(phrasings(self._bench.task.kind))
+            return tried * self._batched(arm, request)
+        making.prepare(self._bench, arm, self._engine)
+        training = self._bench.task.training
+        # Validation is read only: a third of the work.
+        rows = training.epochs * (len(parts.train) + len(parts.validation) / 3)
+        tokens = rows * (request.read + request.written)
+        return len(training.seeds) * tokens / self._speeds[_model_of(arm)].train
+
+    def answering(self, arm: Arm, request: Request) -> float:
+        """Validation and test part with every seed, and the requests that show the latency."""
+        parts = self._bench.parts
+        speed = self._speeds[_model_of(arm)]
+        models = len(self._bench.task.training.seeds) if arm.tuned else 1
+        alone = request.read / speed.read + request.written / speed.alone
+        requests = models * (len(parts.validation) + len(parts.test))
+        return requests * self._batched(arm, request) + _LATENCY_REQUESTS * alone
+
+    def forgetting(self, arm: Arm) -> float:
+        """General text and minimal pairs, read by the base once and by every tuned model."""
+        if not _may_forget(arm):
+            return 0.0
+        tokens = _general_tokens(self._bench, self._engine)
+        after = len(self._bench.task.training.seeds) / self._speeds[_model_of(arm)].score
+        before = 1 / self._speeds["base"].score if arm == self._first else 0.0
+        return tokens * (before + after)
+
+    def memory(self, arm: Arm, made: bool) -> int:
+        """Bytes of this process at its highest."""
+        speed = self._speeds[_model_of(arm)]
+        return speed.training if arm.tuned and not made else speed.answering
+
+    def _batched(self, arm: Arm, request: Request) -> float:
+        speed = self._speeds[_model_of(arm)]
+        return request.read / speed.read + request.written / speed.write
+
+    def request(self, arm: Arm) -> Request:
+        """Mean of a sample of validation rows."""
+        bench, engine = self._bench, self._engine
+        names = [phrasing.name for phrasing in phrasings(bench.task.kind)]
+        compose = making.composer(bench, arm, room_in(engine), names[0])
+        rows = bench.parts.validation[:_SAMPLED]
+        chats = [(compose(row.prompt), row.messages[-1]) for row in rows]
+        read = sum(len(engine.renderer.prompt(chat)) for chat, _ in chats) / len(rows)
+        if arm.mode == "head":  # the label is a class, not text
+            return Request(read, 0)
+        if arm.mode == "likelihood":  # reads every label behind the prompt
+            encode = engine.renderer.tokenizer.encode
+            return Request(read + sum(len(encode(label)) + 1 for label in bench.labels), 0)
+        if not arm.tuned:  # a base that was not taught to stop writes to the limit
+            return Request(read, engine.max_new_tokens)
+        whole = sum(len(engine.renderer.example([*chat, end]).ids) for chat, end in chats)
+        return Request(read, whole / len(rows) - read)
+
+
+def _model_of(arm: Arm) -> str:
+    """Which of the models that `_measure` looks at answers."""
     if not arm.tuned:
-        tried = min(_CHOSEN_ON, len(parts.validation)) * len(phrasings(bench.task.kind))
-        return (requests + tried) * answer
-    training = bench.task.training
-    passes = training.epochs * (len(parts.train) + len(parts.validation) / 3)
-    return len(training.seeds) * (passes * (read + written) / speed.train + requests * answer)
+        return "base"
+    return "full" if arm.method == "full" else "lora"
 
 
-def _lengths(bench: Workbench, arm: Arm, engine: Engine) -> tuple[float, float]:
-    """Mean tokens read and written per request, from a sample of validation rows."""
-    names = [phrasing.name for phrasing in phrasings(bench.task.kind)]
-    compose = making.composer(bench, arm, room_in(engine), names[0])
-    rows: Sequence[Example] = bench.parts.validation[:_SAMPLED]
-    read = sum(len(engine.renderer.prompt(compose(row.prompt))) for row in rows)
-    written = sum(len(engine.renderer.tokenizer.encode(row.answer)) + 1 for row in rows)
-    if not arm.tuned:  # a base that was not taught to stop writes to the limit
-        written = engine.max_new_tokens * len(rows)
-    return read / len(rows), written / len(rows)
+def _may_forget(arm: Arm) -> bool:
+    return arm.tuned and arm.mode != "head"
 
 
-def _measure(bench: Workbench, name: str, arms: Sequence[Arm]) -> tuple[Engine, Speed]:
+def _general_tokens(bench: Workbench, engine: Engine) -> int:
+    """Tokens of general text and minimal pairs."""
+    encode = engine.renderer.tokenizer.encode
+    sentences = [sentence for pair in bench.material.pairs for sentence in (pair.good, pair.bad)]
+    text = "\n".join(bench.material.texts)[:_GENERAL_TEXT]
+    return len(encode(text)) + sum(len(encode(sentence)) for sentence in sentences)
+
+
+def _measure(
+    bench: Workbench, name: str, models: Collection[str]
+) -> tuple[Engine, dict[str, Speed]]:
+    """Speeds of the base as it is, and of those it is tuned to, by name."""
     base = load_base(name)
     engine = making.make_engine(bench, base, base.model)
-    longest = engine.context or 1024
-    length = min(128, longest // 2)
-    read = _rate(lambda rows: _read(engine, rows, length), length)
-    write = _rate(lambda rows: _write(engine, rows, length), engine.max_new_tokens)
-    train = 1.0
-    weights = sum(p.numel() * p.element_size() for p in base.model.parameters())
-    if any(arm.tuned for arm in arms):
-        model = add_lora(base.model, bench.task.training.lora, 0)
-        loss = sft.answer_loss(model)
-        train = _rate(lambda rows: _train(loss, rows, length), length)
-    full = any(arm.method == "full" for arm in arms)
-    # Full tuning keeps weights, gradient and two moments in float32.
-    memory = _resident() + (16 * base.parameters if full else weights // 2)
-    return engine, Speed(read, write, train, memory)
+    speeds = {"base": _speed(engine)}
+    if "full" in models:
+        base.model.requires_grad_(requires_grad=True)
+        speeds["full"] = _trained(speeds["base"], engine, _FULL_BYTES * base.parameters)
+        base.model.zero_grad(set_to_none=True)
+    if "lora" in models:
+        adapted = add_lora(base.model, bench.task.training.lora, 0)
+        tuned = Engine(adapted, engine.renderer, engine.max_new_tokens)
+        speeds["lora"] = _trained(_speed(tuned), tuned, 0)
+    return engine, speeds
 
 
-def _rate(work: Callable[[int], Any], tokens_per_row: int) -> float:
+def _speed(engine: Engine) -> Speed:
+    length = _length(engine)
+    short = Engine(engine.model, engine.renderer, min(_WRITTEN, engine.max_new_tokens))
+
+    def write(rows: int) -> None:
+        short.generate_ids([[1] * (length // 4)] * rows)
+
+    with PeakMemory() as memory:
+        speed = Speed(
+            read=_rate(lambda rows: _read(engine, rows, length), length),
+            write=_rate(write, short.max_new_tokens),
+            alone=_rate(write, short.max_new_tokens, most=1),
+            score=_rate(lambda rows: engine.logprobs([([1], [1] * length)] * rows), length),
+            answering=0,
+        )
+    return replace(speed, answering=memory.peak)
+
+
+def _trained(speed: Speed, engine: Engine, state: int) -> Speed:
+    """The speed with that of training the parameters that want gradients.
+
+    Args:
+        speed: of answering.
+        engine: holds the model.
+        state: bytes of what training keeps besides what is measured here.
+
+    """
+    loss, length = sft.answer_loss(engine.model), _length(engine)
+    with PeakMemory() as memory:
+        rate = _rate(lambda rows: _train(loss, rows, length), length)
+    return replace(speed, train=rate, training=memory.peak + state)
+
+
+def _length(engine: Engine) -> int:
+    """Tokens of a row to measure with."""
+    return min(_READ, (engine.context or 1024) // 2)
+
+
+def _rate(work: Callable[[int], Any], tokens_per_row: int, most: int = _MOST_ROWS) -> float:
     """Tokens per second of `work(rows)`, with more rows until it takes long enough to time.
 
     The better of two tries counts, after one that pays for whatever is set up at first use:
@@ -179,7 +358,7 @@ def _rate(work: Callable[[int], Any], tokens_per_row: int) -> float:
     rows = 1
     while True:
         seconds = min(_seconds_of(work, rows) for _ in range(2))
-        if seconds > _LEAST_SECONDS or rows >= _MOST_ROWS:
+        if seconds > _LEAST_SECONDS or rows >= most:
             return rows * tokens_per_row / seconds
         rows *= 4
 
@@ -194,10 +373,6 @@ def _seconds_of(work: Callable[[int], Any], rows: int) -> float:
 def _read(engine: Engine, rows: int, length: int) -> None:
     ids = torch.ones((rows, length), dtype=torch.long, device=engine.model.device)
     engine.model(input_ids=ids, use_cache=False, logits_to_keep=1)
-
-
-def _write(engine: Engine, rows: int, length: int) -> None:
-    engine.generate_ids([[1] * (length // 4)] * rows)
 
 
 def _train(loss: Callable[[Any], torch.Tensor], rows: int, length: int) -> None:

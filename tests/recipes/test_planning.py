@@ -1,0 +1,219 @@
+"""Estimates against sums worked out from the task's own rows, under speeds that are given."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from metier import recipes
+from metier.errors import BudgetError, ConfigError
+from metier.model.load import load_base
+from metier.progress import Silent
+from metier.recipes import making, planning
+from metier.recipes.planning import ArmPlan, Plan, Speed
+from metier.recipes.workbench import Workbench, open_workbench, read_task
+from metier.text.template import Renderer
+from tests.recipes.conftest import write_task
+
+BASE = Speed(read=1e4, write=1e3, alone=100, score=1e9, answering=100)
+LORA = Speed(
+    read=5e3, write=500, alone=50, score=1e9, answering=200, train=2e3, training=300
+)  # fmt: skip
+FULL = replace(BASE, train=1e3, training=900)
+SPEEDS = {"base": BASE, "lora": LORA, "full": FULL}
+ARMS = ["prompt", "prompt/likelihood", "classical", "lora", "lora/head", "full"]
+# The warm-up and twelve requests that show the latency.
+LATENCY = 13
+
+
+class Told(Silent):
+    """What a person is told."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+
+@pytest.fixture
+def bench(tmp_path: Path, stories260k: Path) -> Workbench:
+    return open_workbench(read_task(write_task(tmp_path, stories260k, arms=ARMS)), tmp_path)
+
+
+@pytest.fixture
+def measured(
+    bench: Workbench, stories260k: Path, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, Speed]:
+    """The speeds that planning finds: a test may change them."""
+    speeds = dict(SPEEDS)
+    base = load_base(str(stories260k))
+    engine = making.make_engine(bench, base, base.model)
+    monkeypatch.setattr(planning, "_measure", lambda *_: (engine, speeds))
+    return speeds
+
+
+def seconds(bench: Workbench, made: tuple[str, ...] = ()) -> dict[str, float]:
+    found = planning.plan(bench, Silent(), made)
+    assert found.minutes == pytest.approx(sum(arm.minutes for arm in found.arms))
+    assert found.memory == max(arm.memory for arm in found.arms)
+    return {arm.arm: arm.minutes * 60 for arm in found.arms}
+
+
+def lengths(bench: Workbench, stories260k: Path) -> tuple[float, float]:
+    """Mean tokens of the bare prompt and of the answer, over the sampled validation rows."""
+    renderer = Renderer(load_base(str(stories260k)).tokenizer, bench.task.template)
+    rows = bench.parts.validation[:24]
+    prompts = [len(renderer.prompt(row.prompt)) for row in rows]
+    whole = [len(renderer.example(row.messages).ids) for row in rows]
+    return sum(prompts) / len(rows), (sum(whole) - sum(prompts)) / len(rows)
+
+
+def test_a_tuned_text_arm_trains_answers_and_shows_its_latency(
+    bench: Workbench, stories260k: Path, measured: dict[str, Speed]
+) -> None:
+    prompt, answer = lengths(bench, stories260k)
+    parts = bench.parts
+    passes = 2 * (len(parts.train) + len(parts.validation) / 3)
+    training = 2 * passes * (prompt + answer) / 2e3
+    answering = 2 * (len(parts.validation) + len(parts.test)) * (prompt / 5e3 + answer / 500)
+    alone = LATENCY * (prompt / 5e3 + answer / 50)
+    assert seconds(bench)["lora"] == pytest.approx(training + answering + alone, rel=1e-3)
+
+
+def test_a_head_reads_once_and_writes_nothing(
+    bench: Workbench, stories260k: Path, measured: dict[str, Speed]
+) -> None:
+    prompt, _ = lengths(bench, stories260k)
+    parts = bench.parts
+    rows = 2 * (len(parts.validation) + len(parts.test)) + LATENCY
+    training = 2 * 2 * (len(parts.train) + len(parts.validation) / 3) * prompt / 2e3
+    assert seconds(bench)["lora/head"] == pytest.approx(training + rows * prompt / 5e3)
+    measured["lora"] = replace(LORA, write=1e-9, alone=1e-9, score=1e-9)
+    assert seconds(bench)["lora/head"] == pytest.approx(training + rows * prompt / 5e3)
+
+
+def test_latency_is_counted_one_request_at_a_time(
+    bench: Workbench, measured: dict[str, Speed]
+) -> None:
+    before = seconds(bench)
+    measured["base"] = replace(BASE, alone=10)
+    after = seconds(bench)
+    written = bench.task.max_new_tokens
+    assert written is not None
+    assert after["prompt"] - before["prompt"] == pytest.approx(LATENCY * written * (0.1 - 0.01))
+    assert after["prompt/likelihood"] == before["prompt/likelihood"]
+
+
+def test_full_tuning_has_a_step_of_its_own(bench: Workbench, measured: dict[str, Speed]) -> None:
+    before = seconds(bench)
+    measured["full"] = replace(FULL, train=FULL.train / 2)
+    after = seconds(bench)
+    assert after["full"] > 1.5 * before["full"]
+    assert {arm: after[arm] for arm in before if arm != "full"} == {
+        arm: before[arm] for arm in before if arm != "full"
+    }
+
+
+def test_what_was_forgotten_is_read_by_the_base_once_and_by_every_seed(
+    bench: Workbench, measured: dict[str, Speed]
+) -> None:
+    before = seconds(bench)
+    measured |= {name: replace(speed, score=10.0) for name, speed in SPEEDS.items()}
+    extra = {arm: value - before[arm] for arm, value in seconds(bench).items()}
+    once = extra["full"] / 2  # two seeds
+    assert once > 100
+    assert extra["lora"] == pytest.approx(3 * once)
+    assert extra == pytest.approx(dict.fromkeys(ARMS, 0.0) | {k: extra[k] for k in ("lora", "full")})  # fmt: skip  # noqa: E501
+
+
+def test_of_what_is_made_only_the_answers_count(
+    bench: Workbench, measured: dict[str, Speed], stories260k: Path
+) -> None:
+    everything, rest = seconds(bench), seconds(bench, made=("lora", "classical"))
+    prompt, answer = lengths(bench, stories260k)
+    parts = bench.parts
+    passes = 2 * (len(parts.train) + len(parts.validation) / 3)
+    assert everything["lora"] - rest["lora"] == pytest.approx(2 * passes * (prompt + answer) / 2e3)
+    assert rest["classical"] == 0
+    assert rest["full"] == everything["full"]
+    memory = {arm.arm: arm.memory for arm in planning.plan(bench, Silent(), ("lora",)).arms}
+    assert (memory["lora"], memory["full"]) == (200, 900)
+
+
+def test_every_base_has_its_arms(
+    tmp_path: Path, stories260k: Path, measured: dict[str, Speed]
+) -> None:
+    shutil.copytree(stories260k, tmp_path / "other")
+    file = write_task(tmp_path, stories260k)
+    task = read_task(file, [f"base=[other, '{stories260k}']"])
+    bench = open_workbench(task, tmp_path)
+    names = [arm.arm for arm in planning.plan(bench, Silent()).arms]
+    over = [
+        f"{method}@{base}" for base in task.bases() for method in ("prompt", "lora", "lora/head")
+    ]
+    assert sorted(names) == sorted(["classical", *over])
+
+
+def test_a_real_estimate_knows_what_needs_how_much_memory(
+    tmp_path: Path, stories260k: Path
+) -> None:
+    task = read_task(
+        write_task(tmp_path, stories260k, arms=["classical", "prompt", "lora", "full"])
+    )
+    found = planning.plan(open_workbench(task, tmp_path), Silent())
+    memory = {arm.arm: arm.memory for arm in found.arms}
+    assert memory["classical"] <= memory["prompt"] <= memory["full"]
+    # Weight, gradient and two moments of 260,032 parameters; the rest is this process.
+    assert memory["full"] - memory["prompt"] >= 16 * 260_032
+    assert 0 < found.minutes < 5
+
+
+def test_a_person_sees_what_was_left_out_and_what_is_odd(
+    bench: Workbench, measured: dict[str, Speed]
+) -> None:
+    parts = replace(bench.parts, removed={"train-duplicate-of-test": 1234}, warnings=("few rows",))
+    told = Told()
+    planning.plan(replace(bench, parts=parts, removed_passages={"passage-with-answer": 0}), told)
+    sizes = f"train {len(parts.train)}, validation {len(parts.validation)}, test {len(parts.test)}"
+    assert told.lines == [
+        f"rows: {sizes}",
+        "left out: train-duplicate-of-test 1,234",
+        "warning: few rows",
+    ]
+
+
+def test_a_budget_that_is_too_small_says_what_would_do() -> None:
+    arms = tuple(
+        ArmPlan(arm=name, minutes=m, memory=1) for name, m in (("prompt", 5), ("lora", 70))
+    )
+    plan = Plan(arms=arms, minutes=75, memory=1)
+    planning.hold(plan, 75)
+    with pytest.raises(BudgetError) as caught:
+        planning.hold(plan, 60)
+    cause = caught.value.cause.replace("\N{NO-BREAK SPACE}", " ")
+    assert cause == "this would take about 1 h 15 min, the budget is 1 h; lora alone takes 1 h 10 min"  # fmt: skip  # noqa: E501
+    assert "--budget 90), leave out lora" in caught.value.remedy
+
+
+def test_one_training_is_held_to_the_budget(tmp_path: Path, stories260k: Path) -> None:
+    task = write_task(tmp_path, stories260k)
+    with pytest.raises(BudgetError, match="would take about") as caught:
+        recipes.train(task, "lora", tmp_path / "run", budget=1e-6)
+    assert "leave out" not in caught.value.remedy
+    with pytest.raises(BudgetError):
+        recipes.train(task, "lora", tmp_path / "run", ["budget=0.000001"])
+    with pytest.raises(ConfigError, match="is not trained"):
+        recipes.train(task, "prompt", tmp_path / "run", budget=1e-6)
+    assert not (tmp_path / "run").exists()
+    assert recipes.train(task, "lora", tmp_path / "run").is_dir()
+
+
+def test_one_training_counts_one_seed(bench: Workbench, measured: dict[str, Speed]) -> None:
+    alone = replace(bench, task=bench.task.model_copy(update={"arms": ("lora",)}))
+    making_it = seconds(alone)["lora"] - seconds(alone, made=("lora",))["lora"]
+    found = planning.plan_training(alone, Silent())
+    assert found.minutes * 60 == pytest.approx(making_it / 2)
