@@ -300,6 +300,31 @@ def test_an_error_half_way_ends_the_stream_and_reaches_the_client(client):
         next(stream)
 
 
+IMAGE = {"type": "image_url", "image_url": {"url": "http://127.0.0.1:1/cat.png"}}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"n": 3}, "n"),
+        ({"logprobs": True, "top_logprobs": 2}, "logprobs"),
+        ({"tools": [TOOL]}, "tools"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"messages": [{"role": "user", "content": [IMAGE]}]}, "messages.0.content"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty"),
+        ({"extra_body": {"top_k": 3}}, "top_k"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_would_change_the_answer_is_never_ignored(client, echo, fields, param, stream):
+    before = len(echo.asked)
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(**{**CHAT, **fields, "stream": stream})
+    assert caught.value.param == param
+    assert len(echo.asked) == before, "no model was asked"
+
+
 def test_a_refused_parameter_is_named(client):
     message = {"role": "user", "content": "LONG"}
     with pytest.raises(openai.BadRequestError) as caught:
