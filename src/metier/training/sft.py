@@ -70,15 +70,6 @@ def fit(
 
     """
     batches = row_batches(train, training, seed=seed, pad_id=pad_id)
-    steps = batches.steps_per_epoch * training.epochs
-    plan = Plan(
-        steps=steps,
-        schedule=cosine(steps, training.warmup),
-        seed=seed,
-        evaluate_every=batches.steps_per_epoch,
-        patience=training.patience,
-        checkpoint_seconds=_CHECKPOINT_SECONDS,
-    )
     held_out = cut(validation, _MICRO_TOKENS, pad_id)
     weight = sum(part.weight for part in held_out)
 
@@ -90,12 +81,24 @@ def fit(
         loss,
         batches,
         [_adamw(model, learning_rate, training.weight_decay)],
-        plan,
+        _plan(batches.steps_per_epoch, training, seed),
         directory=directory,
         evaluate=evaluate if held_out else None,
         progress=progress or Silent(),
     )
     return loop.run()
+
+
+def _plan(steps_per_epoch: int, training: Training, seed: int) -> Plan:
+    steps = steps_per_epoch * training.epochs
+    return Plan(
+        steps=steps,
+        schedule=cosine(steps, training.warmup),
+        seed=seed,
+        evaluate_every=steps_per_epoch,
+        patience=training.patience,
+        checkpoint_seconds=_CHECKPOINT_SECONDS,
+    )
 
 
 def row_batches(rows: Sequence[Row], training: Training, *, seed: int, pad_id: int) -> RowBatches:
