@@ -112,9 +112,9 @@ class Training(Config):
     epochs: Annotated[int, Field(gt=0, le=1000)] = 10
     """At most this many passes over the training part; early stopping may end sooner."""
     learning_rate: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Peak learning rate; by default right for the method (LoRA about ten times full)."""
-    batch_tokens: Annotated[int, Field(gt=0)] = 4096
-    """Tokens per optimiser step, about."""
+    """Peak learning rate; by default by method and width of the base."""
+    batch_size: Annotated[int, Field(gt=0)] = 16
+    """Examples per optimiser step; how they are cut into micro-batches never changes the result."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Share of steps in which the learning rate rises; then it falls on a cosine."""
     weight_decay: Annotated[float, Field(ge=0, lt=1)] = 0.01

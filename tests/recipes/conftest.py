@@ -37,7 +37,7 @@ def write_task(directory: Path, base: Path, **changes: object) -> Path:
         "template": "plain",
         "arms": ["prompt", "classical", "lora", "lora/head"],
         "split": {"near_duplicate": 1.0},
-        "training": {"epochs": 2, "seeds": [0, 1], "max_length": 128, "batch_tokens": 256},
+        "training": {"epochs": 2, "seeds": [0, 1], "max_length": 128, "batch_size": 16},
         "max_new_tokens": 6,
         **changes,
     }

@@ -67,7 +67,7 @@ def test_training_goes_on_after_a_kill(tmp_path: Path, stories260k: Path) -> Non
             "patience": 0,
             "seeds": [0],
             "max_length": 128,
-            "batch_tokens": 256,
+            "batch_size": 16,
         },
     )
     command = [Path(sys.executable).with_name("metier"), "run", task, "--out", "run"]

@@ -23,7 +23,7 @@ def test_a_full_model_is_kept_in_what_the_device_computes_in(
     dtype: torch.dtype,
 ) -> None:
     monkeypatch.setattr(device, "processor_flags", lambda: frozenset(flags))
-    training = {"epochs": 1, "seeds": [0], "max_length": 128, "batch_tokens": 4096}
+    training = {"epochs": 1, "seeds": [0], "max_length": 128, "batch_size": 16}
     task = write_task(tmp_path, stories260k, training=training)
     bench, out = open_workbench(read_task(task), tmp_path), tmp_path / "made"
     out.mkdir()

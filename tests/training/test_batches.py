@@ -1,3 +1,5 @@
+import itertools
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -40,27 +42,26 @@ def test_cut_keeps_every_row_once_within_the_budget(rows: list[Row], budget: int
 
 @given(rows_of_lengths, st.integers(1, 100), st.integers(0, 5))
 @settings(deadline=None, max_examples=50)
-def test_a_pass_shows_every_row_once(rows: list[Row], step_tokens: int, seed: int) -> None:
-    batches = RowBatches(rows, step_tokens=step_tokens, micro_tokens=64, seed=seed, pad_id=0)
+def test_a_pass_shows_every_row_once(rows: list[Row], step_rows: int, seed: int) -> None:
+    batches = RowBatches(rows, step_rows=step_rows, micro_tokens=64, seed=seed, pad_id=0)
     for epoch in range(2):
         first = epoch * batches.steps_per_epoch
-        seen = [
-            int(start)
+        steps = [
+            [int(start) for batch in batches.step(step) for start in batch.ids[:, 0]]
             for step in range(first, first + batches.steps_per_epoch)
-            for batch in batches.step(step)
-            for start in batch.ids[:, 0]
         ]
-        assert sorted(seen) == [row.ids[0] for row in rows]
+        assert sorted(itertools.chain(*steps)) == [row.ids[0] for row in rows]
+        assert all(1 <= len(step) <= step_rows for step in steps)
 
 
 def test_steps_depend_on_seed_and_index_alone() -> None:
     rows = [Row((i, i + 1, i + 2), (False, True, True)) for i in range(50)]
 
     def ids(seed: int, index: int) -> list[torch.Tensor]:
-        made = RowBatches(rows, step_tokens=30, micro_tokens=12, seed=seed, pad_id=0)
+        made = RowBatches(rows, step_rows=10, micro_tokens=12, seed=seed, pad_id=0)
         return [batch.ids for batch in made.step(index)]
 
-    walked = RowBatches(rows, step_tokens=30, micro_tokens=12, seed=3, pad_id=0)
+    walked = RowBatches(rows, step_rows=10, micro_tokens=12, seed=3, pad_id=0)
     for index in range(12):
         step = [batch.ids for batch in walked.step(index)]
         assert all(torch.equal(a, b) for a, b in zip(step, ids(3, index), strict=True))

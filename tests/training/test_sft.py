@@ -14,7 +14,7 @@ from metier.text.template import Renderer
 from metier.training.batches import Row, cut
 from metier.training.classify import head_loss, label_rows
 from metier.training.preflight import prepare
-from metier.training.sft import answer_loss, fit
+from metier.training.sft import answer_loss, default_learning_rate, fit
 
 NAMES = ("Lily", "Tom", "Ben", "Mia")
 ANSWERS = {"dog": "animal", "cake": "food", "park": "place"}
@@ -45,7 +45,7 @@ def rows_of(renderer: Renderer, training: Training) -> list[Row]:
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_training_learns_the_answers(stories260k: Path, method: str) -> None:
     base, renderer = load(stories260k)
-    training = Training(epochs=12, batch_tokens=256, patience=0)
+    training = Training(epochs=12, batch_size=8, patience=0)
     rows = rows_of(renderer, training)
     model = add_lora(base.model, Lora(rank=4), 0) if method == "lora" else base.model
     pad_id, loss = base.tokenizer.pad_id, answer_loss(model)
@@ -90,7 +90,7 @@ def test_the_gradient_does_not_depend_on_batching(stories260k: Path, budget: int
 
 def test_a_head_learns_its_labels_and_comes_back(stories260k: Path, tmp_path: Path) -> None:
     base, renderer = load(stories260k)
-    training = Training(epochs=15, batch_tokens=256, patience=0)
+    training = Training(epochs=15, batch_size=8, patience=0)
     prepared = prepare(examples(), renderer, training, None)
     labels = tuple(sorted(ANSWERS.values()))
     rows = label_rows(prepared.rows, prepared.examples, labels)
@@ -148,3 +148,13 @@ def test_preflight_refuses_what_would_fail_in_silence(stories260k: Path) -> None
         prepare(examples(), Endless(base.tokenizer, "plain"), Training(), None)
     with pytest.raises(TrainingError, match="no token to train on"):
         prepare(examples(), Deaf(base.tokenizer, "plain"), Training(), None)
+
+
+def test_narrow_bases_learn_at_higher_rates_and_whole_ones_at_lower(stories260k: Path) -> None:
+    base, _ = load(stories260k)
+    narrow = default_learning_rate(base.model, full=False)
+    base.model.config.hidden_size = 4096
+    wide = default_learning_rate(base.model, full=False)
+    assert narrow == pytest.approx(3.66e-3, rel=0.01)  # worked out by hand
+    assert wide == pytest.approx(1.43e-4, rel=0.01)
+    assert default_learning_rate(base.model, full=True) < wide

@@ -119,9 +119,9 @@ def _fit(
     progress: Progress,
 ) -> State:
     training = bench.task.training
-    method = "full" if arm.method == "full" else "lora"
+    rate = sft.default_learning_rate(base.model, full=arm.method == "full")
     settings: dict[str, Any] = {
-        "learning_rate": training.learning_rate or sft.LEARNING_RATES[method],
+        "learning_rate": training.learning_rate or rate,
         "seed": seed,
         "pad_id": base.tokenizer.pad_id,
         "directory": scratch,

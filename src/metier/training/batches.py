@@ -104,7 +104,7 @@ class RowBatches:
 
     Args:
         rows: the training part.
-        step_tokens: tokens of one optimiser step, about.
+        step_rows: rows of one optimiser step.
         micro_tokens: padded tokens of one micro-batch, at most (one row may be longer).
         seed: of the order.
         pad_id: id to pad with.
@@ -112,11 +112,10 @@ class RowBatches:
     """
 
     def __init__(
-        self, rows: Sequence[Row], *, step_tokens: int, micro_tokens: int, seed: int, pad_id: int
+        self, rows: Sequence[Row], *, step_rows: int, micro_tokens: int, seed: int, pad_id: int
     ) -> None:
         self._rows, self._micro, self._seed, self._pad = rows, micro_tokens, seed, pad_id
-        total = sum(len(row.ids) for row in rows)
-        self.steps_per_epoch = max(1, min(len(rows), math.ceil(total / step_tokens)))
+        self.steps_per_epoch = math.ceil(len(rows) / step_rows)
         self._order: tuple[int, list[int]] = (-1, [])
 
     def step(self, index: int) -> list[PaddedBatch]:
