@@ -3,6 +3,7 @@
 import openai
 import pytest
 
+from metier.evaluation.arms import Composed
 from metier.model.generate import Engine
 from metier.model.load import load_base
 from metier.recipes.answering import Specialist
@@ -56,6 +57,23 @@ def test_a_limit_and_a_stop_text_cut_the_same_answer(ask):
     stopped = ask(stop=word).choices[0]
     assert stopped.message.content == whole.partition(word)[0].strip()
     assert stopped.finish_reason == "stop"
+
+
+def test_a_composed_arm_ends_where_the_evaluated_one_ends(engine):
+    word = engine.generate([STORY])[0].text.split()[3]
+    arm = Composed(engine, lambda chat: chat, until=word)
+    pieces = Specialist("stories", None, arm, engine, "").stream(STORY)
+    text = ""
+    while True:
+        try:
+            text += next(pieces)
+        except StopIteration as end:
+            whole = end.value
+            break
+    (expected,) = arm.generate([STORY])
+    assert text == whole.text == expected.text
+    assert whole.finished
+    assert expected.finished
 
 
 def test_a_seed_makes_a_drawn_answer_repeatable(ask):
