@@ -94,7 +94,8 @@ def fit(
 def default_learning_rate(model: Model, *, full: bool) -> float:
     """Peak learning rate for a base of this width, LoRA or full."""
     width: int = inner(model).config.get_text_config().hidden_size
-    return _RATE * (width / _RATE_WIDTH) ** _RATE_EXPONENT * (_FULL if full else 1.0)
+    rate: float = _RATE * (width / _RATE_WIDTH) ** _RATE_EXPONENT
+    return _FULL * rate if full else rate
 
 
 def _plan(steps_per_epoch: int, training: Training, seed: int) -> Plan:
