@@ -75,6 +75,7 @@ def test_the_base_learns_and_loads_in_plain_transformers(trained: tuple[Path, Pa
         loss = model(input_ids=ids, labels=ids).loss.item()
     assert loss < math.log(300) - 1
     assert tokenizer.eos_token_id == model.config.eos_token_id
+    assert tokenizer.model_max_length == model.config.max_position_embeddings == 64
     about = json.loads((base / "training.json").read_text())
     assert about["steps"] == 30
     assert about["tokens_seen"] == 30 * 256 * 3
@@ -241,7 +242,7 @@ def test_more_tokens_continue_and_another_recipe_starts_anew(tmp_path: Path) -> 
         ({"step_lengths": [48]}, "no divisor"),
         ({"step_lengths": [128]}, "above the context"),
         ({"step_lengths": [-16, 64]}, "no divisor"),
-        ({"step_lengths": [16, 32]}, "no window of step_lengths is longer than 32"),
+        ({"step_lengths": [16, 32]}, "above every step length"),
         ({"shape": {"hidden": 33, "heads": 3, "context": 64}}, "heads of 11 numbers"),
         ({"tokens": 767}, "less than one optimiser step of 768"),
         ({"sources": [{"name": "a", "files": ["first.jsonl"], "weight": 0}]}, "weight above 0"),

@@ -27,7 +27,7 @@ from metier.data.files import file_errors, open_binary, text_lines
 from metier.errors import DataError
 
 MAX_DOCUMENT = 16_000_000
-_PIECE = 100_000
+_PIECE = 20_000
 _BATCH = 256
 _BATCH_BYTES = 2_000_000
 # A tokenizer that keeps line ends, and spaces before words, in tokens of their own or with what

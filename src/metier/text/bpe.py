@@ -74,7 +74,6 @@ def _settings() -> dict[str, Any]:
         "eos_token": EOS,
         "pad_token": PAD,
         "additional_special_tokens": list(ROLES),
-        "model_max_length": 1024,
         "clean_up_tokenization_spaces": False,
         "chat_template": _CHAT_TEMPLATE,
     }

@@ -170,7 +170,7 @@ def pretrain(
 def _check(config: PretrainConfig, root: Path) -> None:
     _check_shape(config)
     _check_steps(config)
-    if not any(source.weight > 0 for source in config.sources):
+    if not _trained(config):
         raise ConfigError("sources", "none has a weight above 0", "give one to train on")
     names = [source.name for source in config.sources]
     for source in config.sources:
@@ -206,8 +206,7 @@ def _check_steps(config: PretrainConfig) -> None:
     if max(config.step_lengths) < config.shape.context:
         raise ConfigError(
             "shape.context",
-            f"is {config.shape.context}, but no window of step_lengths is longer than "
-            f"{max(config.step_lengths)}: positions beyond would stay untrained",
+            f"{config.shape.context} is above every step length: its end would stay untrained",
             "lower it, or add a window of that length",
         )
     if config.tokens < config.step_tokens:
@@ -483,8 +482,10 @@ def _export(
     config: PretrainConfig,
 ) -> None:
     model.bfloat16().save_pretrained(directory)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (directory / name).write_bytes((tokenizer_dir / name).read_bytes())
+    (directory / "tokenizer.json").write_bytes((tokenizer_dir / "tokenizer.json").read_bytes())
+    settings = json.loads((tokenizer_dir / "tokenizer_config.json").read_text())
+    settings["model_max_length"] = config.shape.context
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
     facts = {
         "recipe": config.model_dump(mode="json", exclude={"root"}),
         "parameters": sum(p.numel() for p in model.parameters()),
