@@ -6,14 +6,15 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from metier.data import prepare
+from metier.data import limits, prepare
 from metier.data.files import Row, read_rows
 from metier.data.formats import Layout, find_layout
 from metier.data.sources import read_examples
@@ -23,9 +24,21 @@ from metier.task import Columns, Kind, Task
 
 _NONE = Columns()
 _GROUP_NAMES = ("group", "customer", "customer_id", "user", "user_id", "document", "document_id")
+# Columns whose names say what they are, where no known format has them all.
+_INPUT_NAMES = (
+    "instruction", "question", "prompt", "query", "input", "request", "source", "message",
+    "review", "comment", "body", "content", "document", "description", "text", "sentence",
+    "utterance", "mr",
+)  # fmt: skip
+_OUTPUT_NAMES = (
+    "answer", "response", "completion", "output", "target", "expected", "label", "category",
+    "class", "intent", "sentiment", "topic", "summary", "translation", "reply", "entities",
+    "reference", "ref",
+)  # fmt: skip
+_FILE_NAMES = ("train", "trainset", "data", "dataset", "examples", "rows", "dev", "devset", "test")
+_TAGGED = (".conll", ".conllu", ".bio", ".iob")
+_TAG = re.compile(r"O|[BIESLU]-\S+")
 _SMALL = 200
-_LONG = 2500
-_MANY = 50_000
 # Share of test rows on which two arms differ, in a typical comparison.
 _DIFFERING = 0.2
 _WORDING: dict[Kind, dict[str, str]] = {
@@ -54,8 +67,8 @@ def propose(path: Path, task_dir: Path | None = None) -> str:
     """The text of a task.yaml for a data file, each guess explained in a comment.
 
     Args:
-        path: the data file; where it is called ``train`` and ``test`` or ``validation`` files of
-            the same type stand beside it, they become the official parts.
+        path: the data file; where its name says ``train`` and files of the same name that say
+            ``test`` or ``validation`` stand beside it, they become the official parts.
         task_dir: the directory task.yaml will stand in, by default that of the file; a file
             inside it is named relative to it.
 
@@ -63,8 +76,11 @@ def propose(path: Path, task_dir: Path | None = None) -> str:
         DataError: the file cannot be read, or its columns cannot be guessed.
 
     """
+    if path.suffix.lower() in _TAGGED:
+        raise _tagged(path)
     rows = list(read_rows(path))
-    layout, sure = _layout(rows)
+    layout, sure = _layout(path, rows)
+    _refuse_empty(rows, layout)
     columns = _columns(rows, layout)
     examples = read_examples(str(path), "expansion", Path(), layout.format, columns)
     kind, reason = _kind(examples)
@@ -72,10 +88,16 @@ def propose(path: Path, task_dir: Path | None = None) -> str:
     text.add("name", _name(path), "From the file's name.")
     text.add("kind", kind, reason)
     parts = _official_parts(path, _file_name(path, task_dir or path.parent))
-    text.add("data", {**parts, **_data(layout, columns)}, *_about_data(rows, layout, columns, sure))
-    _add_words(text, kind, examples)
+    about = [*_about_data(rows, layout, columns, sure), *_about_parts(parts)]
+    text.add("data", {**parts, **_data(layout, columns)}, *about)
+    held = {
+        part: read_examples(parts[part], kind, task_dir or path.parent, layout.format, columns)
+        for part in limits.HELD
+        if part in parts
+    }
+    _add_words(text, kind, [*examples, *chain.from_iterable(held.values())])
     _add_arms(text, kind, examples)
-    _add_limits(text, examples, "test" in parts)
+    _add_limits(text, kind, examples, {part: len(found) for part, found in held.items()})
     Task.parse(text.values, f"proposal for {path}")
     return str(text)
 
@@ -100,33 +122,104 @@ class _Text:
 
 def _name(path: Path) -> str:
     stem = path.name.split(".")[0]
-    if stem in ("train", "data", "examples"):
+    if stem in _FILE_NAMES:
         stem = path.absolute().parent.name or stem
     name = re.sub(r"[^a-z0-9_-]+", "-", stem.lower()).strip("-_")
     return name[:64] or "task"
 
 
-def _layout(rows: Sequence[Row]) -> tuple[Layout, bool]:
+def _layout(path: Path, rows: Sequence[Row]) -> tuple[Layout, bool]:
     """The layout, and whether a known format says it rather than a guess."""
     try:
         return find_layout(rows[0], "auto", _NONE), True
-    except DataError as error:
-        names = [name for name in rows[0].values if _usable(name, rows)]
-        if len(names) < 2:
-            raise error from None
-    if len(names) == 2:
-        return Layout("prompt-completion", *names), False
-    lengths = {name: sum(len(str(row.values[name])) for row in rows) for name in names}
-    longest = max(lengths, key=lambda name: lengths[name])
-    output = next(name for name in reversed(names) if name != longest)
-    return Layout("prompt-completion", longest, output), False
+    except DataError:
+        _refuse_other_tables(path, rows)
+    texts = [name for name in rows[0].values if _usable(name, rows)]
+    lists = [name for name in rows[0].values if _usable(name, rows, json_values=True)]
+    if not texts or len(texts) + len(lists) < 2:
+        raise DataError(
+            rows[0].place,
+            f"no known format has the columns {', '.join(rows[0].values)}, and no column for the "
+            "input and one for the expected output can be told among them",
+            'write one example a row with both, e.g. {"text": ..., "label": ...}; the expected '
+            "output may be text or JSON, and no cell empty",
+        )
+    return Layout("prompt-completion", *_guess(texts, lists, rows)), False
 
 
-def _usable(name: str, rows: Sequence[Row]) -> bool:
-    """Whether a column is no id and has a plain value in every row."""
+def _guess(texts: Sequence[str], lists: Sequence[str], rows: Sequence[Row]) -> tuple[str, str]:
+    """Input and output column, by their names where these say it, else by their values."""
+    outputs = [*texts, *lists]
+    output = _named(_OUTPUT_NAMES, outputs if len(texts) > 1 else lists)
+    source = _named(_INPUT_NAMES, [name for name in texts if name != output])
+    if not source and not output and len(outputs) == 2:
+        return outputs[0], outputs[1]
+    lengths = {name: sum(len(str(row.values[name])) for row in rows) for name in outputs}
+    source = source or max((name for name in texts if name != output), key=lengths.__getitem__)
+    rest = [name for name in outputs if name != source]
+    labels = [name for name in rest if 2 <= _distinct(rows, name) <= len(rows) / 5]
+    return source, output or (labels or [max(rest, key=lengths.__getitem__)])[-1]
+
+
+def _named(wanted: Sequence[str], names: Sequence[str]) -> str:
+    """The first of the wanted names that is there, whatever its case."""
+    lower = {name.lower(): name for name in names}
+    return next((lower[name] for name in wanted if name in lower), "")
+
+
+def _usable(name: str, rows: Sequence[Row], json_values: bool = False) -> bool:
+    """Whether a column is no id and has a plain value, or JSON, in every row."""
     values = [row.values.get(name) for row in rows]
-    plain = all(v not in (None, "") and not isinstance(v, (list, dict)) for v in values)
-    return plain and name.lower() != "id"
+    filled = all(v not in (None, "", [], {}) for v in values)
+    fits = all(isinstance(v, (list, dict)) == json_values for v in values)
+    return filled and fits and name.lower() != "id"
+
+
+def _refuse_other_tables(path: Path, rows: Sequence[Row]) -> None:
+    """Refuse a table with one token a line, or without names of columns."""
+    columns = {name: Counter(str(row.values.get(name)) for row in rows) for name in rows[0].values}
+    for values in columns.values():
+        if all(map(_TAG.fullmatch, values)) and set(values) != {"O"}:
+            raise _tagged(path)
+    for name, values in columns.items():
+        repeated = bool(name) and values[name] > 1
+        if _is_table(path) and (repeated or len(name) > 60 or re.fullmatch(r"[\d.,]+", name)):
+            shown = name if len(name) <= 40 else f"{name[:40]}..."
+            raise DataError(
+                f"{path}:1",
+                f"looks like a row, not like names of columns: '{shown}'",
+                "put a line with the names first, e.g. text,label (a tab between them in .tsv)",
+            )
+
+
+def _is_table(path: Path) -> bool:
+    return bool({".csv", ".tsv"} & {suffix.lower() for suffix in path.suffixes})
+
+
+def _tagged(path: Path) -> DataError:
+    return DataError(
+        str(path),
+        "holds one token and its tag a line (CoNLL); metier reads one example a row",
+        'join each sentence to a row such as {"text": "...", "entities": [{"type": "...", '
+        '"text": "..."}]} in a .jsonl file',
+    )
+
+
+def _refuse_empty(rows: Sequence[Row], layout: Layout) -> None:
+    """Name all rows without an output at once, so that the file is mended once."""
+    if not layout.output:
+        return
+    empty = [row for row in rows if str(row.values.get(layout.output) or "").strip() == ""]
+    empty = [row for row in empty if row.values.get(layout.output) != 0]
+    if empty:
+        lines = ", ".join(row.place.rpartition(":")[2] for row in empty[:10])
+        more = ", ..." if len(empty) > 10 else ""
+        raise DataError(
+            empty[0].place,
+            f"column '{layout.output}': the output is empty in {len(empty):,} of {len(rows):,} "
+            f"rows (lines {lines}{more})",
+            "fill it or drop these rows",
+        )
 
 
 def _columns(rows: Sequence[Row], layout: Layout) -> Columns:
@@ -156,17 +249,18 @@ def _file_name(path: Path, task_dir: Path) -> str:
 
 
 def _official_parts(path: Path, file: str) -> dict[str, str]:
+    """The file, or the parts that stand beside it: the same name with another word for train."""
     stem, dot, suffix = path.name.partition(".")
-    if stem != "train":
-        return {"file": file}
     parts = {"train": file}
     for part, names in {
-        "validation": ("validation", "valid", "validate", "val", "dev"),
+        "validation": ("validation", "valid", "validate", "val", "dev", "devel"),
         "test": ("test",),
     }.items():
-        beside = next((n for n in names if path.with_name(n + dot + suffix).is_file()), None)
-        if beside:
-            parts[part] = str(Path(file).with_name(beside + dot + suffix))
+        beside = [re.sub(r"(^|[_-])train(?=$|[_-])", rf"\g<1>{n}", stem) for n in names]
+        found = [n + dot + suffix for n in beside if n != stem]
+        name = next((name for name in found if path.with_name(name).is_file()), None)
+        if name:
+            parts[part] = str(Path(file).with_name(name))
     return parts if len(parts) > 1 else {"file": file}
 
 
@@ -193,6 +287,14 @@ def _about_data(rows: Sequence[Row], layout: Layout, columns: Columns, sure: boo
     else:
         comments.append("Name columns.group where rows belong together (a customer, a document).")
     return comments
+
+
+def _about_parts(parts: Mapping[str, str]) -> list[str]:
+    if "train" not in parts:
+        return []
+    if "test" in parts:
+        return ["Official parts, found beside the file: the test file is the sealed part."]
+    return ["Official parts, found beside the file; the sealed test part is split off train."]
 
 
 def _kind(examples: Sequence[Example]) -> tuple[Kind, str]:
@@ -230,18 +332,47 @@ def _add_words(text: _Text, kind: Kind, examples: Sequence[Example]) -> None:
     text.add("good", words["good"], "In words, for people and for prompted arms: make them yours.")
     text.add("better", words["better"])
     text.add("bad", words["bad"])
-    text.add("instruction", words["instruction"], "What prompted arms tell the model to do.")
+    asked = _ask_for_keys([row.answer for row in examples]) or words["instruction"]
+    text.add("instruction", asked, "What prompted arms tell the model to do.")
     if kind == "classification":
         counts = Counter(row.answer.strip() for row in examples)
         rare = sorted(label for label, count in counts.items() if count < 10)
         comments = ["The closed set of labels."]
         if rare:
             comments.append(f"Fewer than 10 rows: {json.dumps(rare[:10], ensure_ascii=False)}.")
-        text.add("labels", sorted(counts), *comments)
+        text.add("labels", sorted(counts), *comments, *_about_lists(counts))
+
+
+def _ask_for_keys(answers: Sequence[str]) -> str:
+    """An instruction that names the keys of the outputs, where all are JSON objects."""
+    if not _all_json(answers):
+        return ""
+    values = [json.loads(answer) for answer in answers]
+    keys = list(dict.fromkeys(key for value in values if isinstance(value, dict) for key in value))
+    if not keys or len(keys) > 20 or not all(isinstance(value, dict) for value in values):
+        return ""
+    return f"Answer with a JSON object that has these keys: {', '.join(keys)}."
+
+
+def _about_lists(counts: Counter[str]) -> list[str]:
+    """A word on labels that look like lists of labels."""
+    for sign in ",;|":
+        lists = [n for n in counts if sign in n and all(part in counts for part in n.split(sign))]
+        rows = sum(counts[name] for name in lists)
+        if rows > sum(counts.values()) / 50:
+            return [
+                f"CAREFUL: {rows:,} rows have several labels, such as '{lists[0]}'. metier names "
+                "one label a row:",
+                "each such list counts as a label of its own. Keep one label a row if you can.",
+            ]
+    return []
 
 
 def _add_arms(text: _Text, kind: Kind, examples: Sequence[Example]) -> None:
-    text.add("base", "starter", "The base that ships with metier; or a path, a Hub name, a list.")
+    about = ["The base that ships with metier; or a path, a Hub name, a list."]
+    if kind == "expansion":
+        about.append("It is very small: for free text, name a larger one if you have one.")
+    text.add("base", "starter", *about)
     framed = sum(bool(re.search(r"###\s*(Answer|Response)\b", row.input)) for row in examples)
     if framed > len(examples) / 2:
         text.add("template", "plain", "The inputs bring their own '### Answer:' frame.")
@@ -257,29 +388,44 @@ def _grader(kind: Kind, answers: Sequence[str]) -> tuple[str, str]:
         return "fields", "The share of fields that are right; JSON validity is reported beside it."
     if kind == "extraction":
         return "token_f1", "Words shared with the expected span; 'exact' is stricter."
+    if all(re.search(r"#### \S", answer) for answer in answers):
+        return "regex:#### (.+)", "Compares the results after '####'; the way to them is free."
     return "rouge_l", "Longest common run of words; it sees wording, not truth. 'chrf' is another."
 
 
-def _add_limits(text: _Text, examples: Sequence[Example], official_test: bool) -> None:
+def _add_limits(
+    text: _Text, kind: Kind, examples: Sequence[Example], held: Mapping[str, int]
+) -> None:
     split, comments = _split(examples)
-    text.add("split", split, *comments)
-    comments = ["The smallest gain over the best simpler arm that is worth shipping a tuned model."]
-    test = min(round(len(examples) * split["test"]), split.get("max_test", len(examples)))
-    if not official_test:
-        gain = 100 * 1.96 * math.sqrt(_DIFFERING / max(test, 1))
-        comments.append(
-            f"About {test:,} test rows can prove a gain of {gain:.0f} points or more "
-            f"where arms differ on {_DIFFERING:.0%} of them."
-        )
-    text.add("margin", 0.02 if official_test or test >= 100 else 0.05, *comments)
-    text.add("budget", 60.0, "Minutes for the whole run; 'metier plan' estimates them.")
-    long = [row for row in examples if len(row.input) + len(row.answer) > _LONG]
+    sizes = limits.part_sizes(len(examples), split, held)
+    caps = limits.caps(kind, examples, sizes)
+    if caps:
+        comments += [
+            f"max_*: all {sum(sizes.values()):,} rows would take more than the budget with the",
+            "starter on two cores. Raise them with the budget, or on a faster machine.",
+        ]
+    shown = {key: value for key, value in split.items() if key not in held}
+    text.add("split", shown | caps, *comments)
+    test = caps.get("max_test", sizes["test"])
+    gain = 100 * 1.96 * math.sqrt(_DIFFERING / max(test, 1))
+    text.add(
+        "margin",
+        0.02 if test >= 100 else 0.05,
+        "The smallest gain over the best simpler arm that is worth shipping a tuned model.",
+        f"About {test:,} test rows can prove a gain of {gain:.0f} points or more "
+        f"where arms differ on {_DIFFERING:.0%} of them.",
+    )
+    text.add("budget", limits.BUDGET, "Minutes for the whole run; 'metier plan' estimates them.")
+    long = sum(
+        limits.tokens(row.input) + limits.tokens(row.answer) > 0.9 * limits.CONTEXT
+        for row in examples
+    )
     if long:
         text.add(
             "training",
             {"too_long": "drop"},
-            f"{len(long)} rows have more than {_LONG:,} characters, about 1,024 tokens: those that",
-            "do not fit are left out of training and counted. 'refuse' stops instead.",
+            f"{long:,} rows may be longer than the {limits.CONTEXT:,} tokens the starter reads:",
+            "those are left out of training and counted. 'refuse' stops instead.",
         )
 
 
@@ -293,10 +439,7 @@ def _split(examples: Sequence[Example]) -> tuple[dict[str, Any], list[str]]:
             f"SMALL: {total} rows. Verdicts on so few are rarely certain; "
             f"{_SMALL} or more are better, 1,000 good."
         )
-    if total > _MANY:
-        split |= {"max_train": 20_000, "max_validation": 1000, "max_test": 2000}
-        comments.append("Caps keep the run short; raise them for the last points.")
-    texts = [prepare.text_of(row) for row in examples]
+    texts = [prepare.text_of(row) for row in limits.sample(examples)]
     clusters = prepare.near_duplicate_clusters(texts, split["near_duplicate"])
     distinct = len(set(map(prepare.normalise, texts)))
     near = distinct - len(set(clusters))
