@@ -200,6 +200,10 @@ class Run:
             else:
                 leftover.unlink(missing_ok=True)
 
+    def stage_path(self, name: str, inputs: Mapping[str, Any]) -> Path:
+        """Where `stage` puts what it makes; it exists once that is whole."""
+        return self.path / f"{name}-{fingerprint(inputs)[:12]}"
+
     def stage(self, name: str, inputs: Mapping[str, Any], make: Callable[[Path], None]) -> Path:
         """Return the stage's directory, making it unless it is there, whole, for these inputs.
 
@@ -209,7 +213,7 @@ class Run:
             make: fills the directory it is given.
 
         """
-        path = self.path / f"{name}-{fingerprint(inputs)[:12]}"
+        path = self.stage_path(name, inputs)
         if path.exists():
             try:
                 self.seconds[path.name] = verify(path).get("seconds", 0.0)

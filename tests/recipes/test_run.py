@@ -13,8 +13,10 @@ from metier.errors import BudgetError, ConfigError, ModelError, RemoteError, Run
 from metier.evaluation import runner
 from metier.evaluation.classical import Classical
 from metier.evaluation.schema import Verdict
+from metier.progress import Progress
 from metier.recipes import experiment
 from metier.recipes.experiment import read_verdict
+from metier.recipes.workbench import Workbench
 from metier.records import Chat, Completion
 from tests.recipes.conftest import write_task
 
@@ -45,6 +47,23 @@ def test_a_second_run_repeats_nothing_and_opens_nothing(finished: Path) -> None:
     assert stages(finished / "run") == before
     assert verdict.data.test_openings == 1
     assert time.monotonic() - began < 30
+
+
+def test_the_budget_holds_only_for_what_is_to_come(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The estimate knows which arms are made; a changed setting makes them anew."""
+    asked: list[set[str]] = []
+
+    def plan(bench: Workbench, progress: Progress, made: set[str]) -> None:
+        asked.append(made)
+        raise BudgetError("budget", "is not enough", "allow more")
+
+    monkeypatch.setattr(experiment.planning, "plan", plan)
+    for overrides in ([], ["training.epochs=1"]):
+        with pytest.raises(BudgetError):
+            recipes.run(finished / "task.yaml", finished / "run", overrides)
+    assert asked == [{"prompt", "classical", "lora", "lora/head"}, {"prompt", "classical"}]
 
 
 def test_another_run_on_the_same_test_part_is_counted(

@@ -57,7 +57,7 @@ Json = Annotated[
 
 _T = TypeVar("_T")
 _NONE: list[str] = []
-_RESUMABLE = ("demo", "run", "train", "pretrain")
+_RESUMABLE = ("demo", "run", "train", "pretrain", "predict")
 
 
 def main() -> None:

@@ -292,7 +292,7 @@ class _Draw:
         if self._temperature == 0:
             return int(logits.argmax())
         probabilities = (logits.float().cpu() / self._temperature).softmax(-1)
-        ranked, tokens = probabilities.sort(descending=True)
+        ranked, tokens = probabilities.sort(descending=True, stable=True)
         # A token stays while the likelier ones hold less than top_p; the first always stays.
         beyond = ranked.cumsum(0) - ranked >= self._top_p
         beyond[0] = False

@@ -52,11 +52,13 @@ def demo(
         progress: is told every step.
 
     """
+    import shutil
+
     import yaml
 
     from metier.config import overridden
     from metier.data import builtin
-    from metier.errors import MetierError
+    from metier.errors import MetierError, RunError
     from metier.runs import write_atomic
     from metier.task import Task
 
@@ -67,10 +69,11 @@ def demo(
     write_atomic(task_file, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
     try:
         return run(task_file, directory, overrides, budget, progress)
+    except RunError:  # another process may be at work there
+        raise
     except MetierError:
-        if list(directory.iterdir()) == [task_file]:  # nothing was made
-            task_file.unlink()
-            directory.rmdir()
+        if {path.name for path in directory.iterdir()} <= {task_file.name, ".lock"}:
+            shutil.rmtree(directory)  # nothing was made
         raise
 
 
@@ -174,18 +177,13 @@ def train(
 
     """
     from metier.model.device import set_threads
-    from metier.recipes import planning
     from metier.recipes.experiment import train_one
-    from metier.recipes.workbench import open_workbench, read_task
+    from metier.task import Task
 
     set_threads()
     overrides = [*overrides, f"arms=['{arm}']"]
-    task = read_task(task_file, overrides)
-    directory = run_directory(task.name, out)
-    if task.chosen_arms()[0].tuned:
-        bench = open_workbench(task, task_file.parent)
-        planning.hold(planning.plan_training(bench, progress or Silent()), budget or task.budget)
-    return train_one(task_file, directory, overrides, progress or Silent())
+    directory = run_directory(Task.load(task_file, overrides).name, out)
+    return train_one(task_file, directory, overrides, budget, progress or Silent())
 
 
 def pretrain(
@@ -232,10 +230,13 @@ def predict(
 ) -> Path:
     """Write a specialist's answers to every input of a file, as JSON lines.
 
+    Each line says whether its answer was finished. What is answered is kept in a file beside the
+    target, from which the same call goes on after an interruption.
+
     Args:
         run: directory of a finished run.
         file: inputs, laid out as the task's data; outputs in it are ignored.
-        out: file to write; by default beside `file`.
+        out: file to write; by default the name of `file` with ``.answers.jsonl``.
         arm: by default the one the verdict names.
         progress: is told every input.
 

@@ -76,9 +76,10 @@ def run(
     _check_reference(task)
     progress.stage("read and split the data")
     bench = open_workbench(task, task_file.parent)
-    planning.hold(planning.plan(bench, progress), budget or task.budget)
     with Run(out) as directory:
         experiment = Experiment(bench, directory, progress)
+        estimate = planning.plan(bench, progress, experiment.made())
+        planning.hold(estimate, budget or task.budget)
         candidates = experiment.make_all()
         openings = experiment.open_test(candidates)
         for candidate in candidates:
@@ -104,7 +105,13 @@ def _check_reference(task: Task) -> None:
         )
 
 
-def train_one(task_file: Path, out: Path, overrides: Iterable[str], progress: Progress) -> Path:
+def train_one(
+    task_file: Path,
+    out: Path,
+    overrides: Iterable[str],
+    budget: float | None,
+    progress: Progress,
+) -> Path:
     """Train the only arm of a task with its first seed. See `recipes.train`."""
     task = read_task(task_file, overrides)
     (arm,) = task.chosen_arms()
@@ -119,7 +126,8 @@ def train_one(task_file: Path, out: Path, overrides: Iterable[str], progress: Pr
         raise ConfigError(f"arm '{arm.name}'", "is not trained", f"use {', '.join(TUNED_METHODS)}")
     bench = open_workbench(task, task_file.parent)
     with Run(out) as directory:
-        return Experiment(bench, directory, progress).tune(arm, task.training.seeds[0])
+        planning.hold(planning.plan_training(bench, progress), budget or task.budget)
+        return Experiment(bench, directory, progress).make(arm, task.training.seeds[0])
 
 
 class Experiment:
@@ -128,13 +136,23 @@ class Experiment:
     def __init__(self, bench: Workbench, directory: Run, progress: Progress) -> None:
         self._bench, self._run, self._progress = bench, directory, progress
         self._keys = Keys(bench)
-        self._bench_dir = directory.stage("data", self._keys.data(), lambda path: save(bench, path))
+
+    def made(self) -> set[str]:
+        """Names of the arms that an earlier start has made."""
+        return {
+            arm.name
+            for arm in all_arms(self._bench)
+            if all(
+                self._run.stage_path(*self._stage(arm, seed)).exists() for seed in self._seeds(arm)
+            )
+        }
 
     def make_all(self) -> list[Candidate]:
         """Make every arm and grade it on validation."""
         candidates = [Candidate(arm) for arm in all_arms(self._bench)]
         for candidate in candidates:
-            candidate.directories = self._make(candidate.arm)
+            arm = candidate.arm
+            candidate.directories = [self.make(arm, seed) for seed in self._seeds(arm)]
             candidate.validation = [
                 runner.load_graded(
                     self._answers(candidate.arm, directory, "validation"),
@@ -221,7 +239,7 @@ class Experiment:
         out = self._run.path
         (out / "verdict.json").unlink(missing_ok=True)
         index = {
-            "data": self._bench_dir.name,
+            "data": self._data().name,
             "arms": {
                 c.arm.name: {
                     "arm": c.arm.model_dump(),
@@ -240,30 +258,29 @@ class Experiment:
         means = [_mean(graded) for graded in candidate.validation]
         return means.index(max(means))
 
-    def _make(self, arm: Arm) -> list[Path]:
-        bench = self._bench
-        name = f"arm-{slug(arm)}"
-        if arm.tuned:
-            return [self.tune(arm, seed) for seed in bench.task.training.seeds]
-        if arm.method == "classical":
-            self._progress.stage("fit classical")
-            inputs = self._keys.making(arm)
-            return [self._run.stage(name, inputs, lambda p: making.fit_classical(bench, p))]
-        return [
-            self._run.stage(
-                name,
-                self._keys.making(arm),
-                lambda p: making.choose_phrasing(bench, arm, p, self._progress),
-            )
-        ]
+    def _data(self) -> Path:
+        """What a specialist needs later of the task and its data."""
+        return self._run.stage("data", self._keys.data(), lambda path: save(self._bench, path))
 
-    def tune(self, arm: Arm, seed: int) -> Path:
-        """Train an arm with one seed, or find it trained."""
-        return self._resumable(
-            f"arm-{slug(arm)}-seed{seed}",
-            self._keys.making(arm, seed),
-            lambda p, scratch: tuning.tune(self._bench, arm, seed, p, scratch, self._progress),
-        )
+    def _seeds(self, arm: Arm) -> tuple[int, ...]:
+        return self._bench.task.training.seeds if arm.tuned else (0,)
+
+    def _stage(self, arm: Arm, seed: int) -> tuple[str, Inputs]:
+        """Name and inputs of the stage that makes an arm."""
+        name = f"arm-{slug(arm)}-seed{seed}" if arm.tuned else f"arm-{slug(arm)}"
+        return name, self._keys.making(arm, seed)
+
+    def make(self, arm: Arm, seed: int) -> Path:
+        """Make an arm, or find it made; the seed counts for a tuned one."""
+        bench, progress, stage = self._bench, self._progress, self._stage(arm, seed)
+        if arm.tuned:
+            return self._resumable(
+                *stage, lambda p, scratch: tuning.tune(bench, arm, seed, p, scratch, progress)
+            )
+        if arm.method == "classical":
+            progress.stage("fit classical")
+            return self._run.stage(*stage, lambda p: making.fit_classical(bench, p))
+        return self._run.stage(*stage, lambda p: making.choose_phrasing(bench, arm, p, progress))
 
     def _resumable(self, name: str, inputs: Inputs, make: Callable[[Path, Path], None]) -> Path:
         """A stage whose `make` is also given a directory that outlives an interruption."""

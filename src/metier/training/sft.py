@@ -93,7 +93,7 @@ def fit(
 
 def default_learning_rate(model: Model, *, full: bool) -> float:
     """Peak learning rate for a base of this width, LoRA or full."""
-    width: int = inner(model).config.get_text_config().hidden_size
+    width: int = model.config.get_text_config().hidden_size
     rate: float = _RATE * (width / _RATE_WIDTH) ** _RATE_EXPONENT
     return _FULL * rate if full else rate
 
