@@ -247,6 +247,8 @@ def test_wrong_override(place: Path, bad: Bad) -> None:
 def test_a_demo_that_cannot_run_leaves_nothing(place: Path) -> None:
     refuse(Bad(None, "training.epoch", "not a known key"), "demo", "--set", "training.epoch=1")
     refuse(Bad(None, "grader", "no grader"), "demo", "--set", "grader=exakt", "--out", "run")
+    small = ["--set", "arms=[classical]", "--budget", 1e-9]
+    refuse(Bad(None, "budget", "would take"), "demo", *small, "--out", "run")
 
 
 # --- bases

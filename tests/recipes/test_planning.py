@@ -169,7 +169,7 @@ def test_a_real_estimate_knows_what_needs_how_much_memory(
     assert memory["classical"] <= memory["prompt"] <= memory["full"]
     # Weight, gradient and two moments of 260,032 parameters; the rest is this process.
     assert memory["full"] - memory["prompt"] >= 16 * 260_032
-    assert 0 < found.minutes < 5
+    assert all(arm.minutes > 0 for arm in found.arms)
 
 
 def test_a_person_sees_what_was_left_out_and_what_is_odd(
