@@ -198,7 +198,7 @@ def pretrain(
         the directory of the base in Hugging Face layout.
 
     """
-    from metier.model.device import choose_device, compute_dtype, set_threads
+    from metier.model.device import set_threads
     from metier.training import pretrain as pretraining
 
     set_threads()
@@ -207,7 +207,6 @@ def pretrain(
         config,
         config_file.parent,
         run_directory(config.name, out),
-        dtype=compute_dtype(choose_device("cpu")),
         progress=progress,
     )
 
