@@ -137,18 +137,18 @@ class Composer(Generic[T]):
         return replace(self._wording, labels=())(chat)
 
     def notes(self) -> tuple[str, ...]:
-        """What was left out so far because the context is too short, in words."""
+        """What was left out so far for want of room, in words."""
         notes = []
         if self._left_out:
             mean, of = self._left_out / self._requests, self._found / self._requests
             notes.append(
                 f"of {of:.1f} shots or passages per request, {mean:.1f} were left out on average: "
-                "the model's context is too short for them"
+                "there is no room for them"
             )
         if self._unlabelled:
             notes.append(
                 f"{self._unlabelled} of {self._requests} requests do not name the labels: "
-                "the model's context is too short for them"
+                "there is no room for them"
             )
         return tuple(notes)
 

@@ -19,7 +19,6 @@ from metier.config import Config
 from metier.data.split import PARTS
 from metier.errors import BudgetError
 from metier.evaluation import units
-from metier.evaluation.arms import room_in
 from metier.evaluation.wording import phrasings
 from metier.model.adapters import add_lora
 from metier.model.generate import Engine
@@ -258,7 +257,7 @@ class _Base:
         """Mean of a sample of validation rows."""
         bench, engine = self._bench, self._engine
         names = [phrasing.name for phrasing in phrasings(bench.task.kind)]
-        compose = making.composer(bench, arm, room_in(engine), names[0])
+        compose = making.composer(bench, arm, making.room(bench, arm, engine), names[0])
         rows = bench.parts.validation[:_SAMPLED]
         chats = [(compose(row.prompt), row.messages[-1]) for row in rows]
         read = sum(len(engine.renderer.prompt(chat)) for chat, _ in chats) / len(rows)
