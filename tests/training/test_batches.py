@@ -1,10 +1,11 @@
 import itertools
+from collections.abc import Iterator
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metier.training.batches import Row, RowBatches, cut, pad
+from metier.training.batches import _BATCH_COST, Row, RowBatches, cheapest_cut, cut, pad
 
 rows_of_lengths = st.lists(st.integers(2, 30), min_size=1, max_size=40).map(
     lambda lengths: [
@@ -40,15 +41,40 @@ def test_cut_keeps_every_row_once_within_the_budget(rows: list[Row], budget: int
     assert all(batch.ids.numel() <= budget or len(batch.ids) == 1 for batch in batches)
 
 
+def cost(lengths: list[int], places: list[tuple[int, int]]) -> int:
+    return sum((end - start) * lengths[start] + _BATCH_COST for start, end in places)
+
+
+def every_cut(count: int) -> Iterator[list[tuple[int, int]]]:
+    """All ways to cut `count` rows, by whether there is a cut after each."""
+    for cuts in itertools.product((False, True), repeat=count - 1):
+        ends = [0, *(place + 1 for place, here in enumerate(cuts) if here), count]
+        yield list(itertools.pairwise(ends))
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=9), st.integers(1, 1500))
+@settings(deadline=None, max_examples=60)
+def test_no_cut_is_cheaper(lengths: list[int], budget: int) -> None:
+    lengths = sorted(lengths, reverse=True)
+    allowed = [
+        places
+        for places in every_cut(len(lengths))
+        if all((e - s) * lengths[s] <= budget or e - s == 1 for s, e in places)
+    ]
+    found = cheapest_cut(lengths, budget)
+    assert found in allowed
+    assert cost(lengths, found) == min(cost(lengths, places) for places in allowed)
+
+
 @given(rows_of_lengths, st.integers(1, 100), st.integers(0, 5))
 @settings(deadline=None, max_examples=50)
 def test_a_pass_shows_every_row_once(rows: list[Row], step_rows: int, seed: int) -> None:
-    batches = RowBatches(rows, step_rows=step_rows, micro_tokens=64, seed=seed, pad_id=0)
+    made = RowBatches(rows, step_rows=step_rows, micro_tokens=64, seed=seed, pad_id=0)
     for epoch in range(2):
-        first = epoch * batches.steps_per_epoch
+        first = epoch * made.steps_per_epoch
         steps = [
-            [int(start) for batch in batches.step(step) for start in batch.ids[:, 0]]
-            for step in range(first, first + batches.steps_per_epoch)
+            [int(start) for batch in made.step(step) for start in batch.ids[:, 0]]
+            for step in range(first, first + made.steps_per_epoch)
         ]
         assert sorted(itertools.chain(*steps)) == [row.ids[0] for row in rows]
         assert all(1 <= len(step) <= step_rows for step in steps)
