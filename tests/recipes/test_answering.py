@@ -181,6 +181,36 @@ def test_an_interrupted_prediction_goes_on(
     assert not partial.exists()
 
 
+def test_a_second_prediction_leaves_the_first_one_whole(finished: Path, tmp_path: Path) -> None:
+    inputs = write_inputs(tmp_path / "new.jsonl")
+    whole = recipes.predict(finished / "run", inputs, tmp_path / "whole", "classical").read_bytes()
+
+    class Twice(Silent):
+        """Starts the same call again before the first chunk and before the end."""
+
+        refused = 0
+
+        def advance(self, n: float = 1, **info: object) -> None:
+            with pytest.raises(RunError, match="written by another process"):
+                recipes.predict(finished / "run", inputs, None, "classical")
+            self.refused += 1
+
+    twice = Twice()
+    path = recipes.predict(finished / "run", inputs, None, "classical", twice)
+    assert path.read_bytes() == whole
+    assert twice.refused == 2
+
+
+def test_a_file_put_in_place_while_it_is_opened_is_not_written(tmp_path: Path) -> None:
+    partial = tmp_path / "partial"
+    with partial.open("a+b") as handle:
+        answering._lock(handle, partial)
+    with partial.open("a+b") as handle:
+        partial.replace(tmp_path / "target")
+        with pytest.raises(RunError, match="written by another process"):
+            answering._lock(handle, partial)
+
+
 def test_answers_of_another_arm_or_file_are_not_gone_on_with(run: Path, tmp_path: Path) -> None:
     inputs = write_inputs(tmp_path / "new.jsonl")
     out = tmp_path / "out"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 from collections.abc import Generator as PyGenerator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -193,15 +194,13 @@ def predict(run: Path, file: Path, out: Path | None, arm: str | None, progress: 
     partial = target.with_name(f"{target.name}.{key[:12]}.partial")
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        _answer(specialist.generator, rows, partial, progress)
-        _count(partial, progress)
-        partial.replace(target)
+        with _own(partial) as handle:
+            _answer(specialist.generator, rows, handle, progress)
+            _count(partial, progress)
+            partial.replace(target)
     except OSError as error:
         error.filename = error.filename or str(target)  # a full disk is reported without a name
         raise
-    finally:
-        if partial.is_file() and not partial.stat().st_size:
-            partial.unlink()
     return target
 
 
@@ -222,31 +221,46 @@ def _check_target(target: Path) -> None:
         )
 
 
-def _answer(
-    generator: Generator, rows: Sequence[Example], partial: Path, progress: Progress
-) -> None:
-    """Append the answers that a file does not have yet, a chunk at a time."""
+@contextlib.contextmanager
+def _own(partial: Path) -> Iterator[BinaryIO]:
+    """Open a file for this process alone; after a failure it stays unless it is empty."""
     with partial.open("a+b") as handle:
         _lock(handle, partial)
-        done = _whole_lines(handle)
-        if done:
-            progress.say(f"{done} answers are there already: going on after them")
-        progress.stage("answer", len(rows))
-        progress.advance(done)
-        for start in range(done, len(rows), _CHUNK):
-            chunk = rows[start : start + _CHUNK]
-            answers = generator.generate([row.prompt for row in chunk])
-            handle.writelines(_line(*pair) for pair in zip(chunk, answers, strict=True))
-            handle.flush()
-            progress.advance(len(chunk))
-        os.fsync(handle.fileno())
+        try:
+            yield handle
+        except BaseException:
+            if not os.fstat(handle.fileno()).st_size:
+                partial.unlink(missing_ok=True)
+            raise
 
 
 def _lock(handle: BinaryIO, partial: Path) -> None:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Whoever held it until now may have put it in place since it was opened here.
+        ours = os.path.samestat(os.fstat(handle.fileno()), partial.stat())
     except OSError:
-        raise RunError(str(partial), "is being written by another process", "wait for it") from None
+        ours = False
+    if not ours:
+        raise RunError(str(partial), "is being written by another process", "wait for it")
+
+
+def _answer(
+    generator: Generator, rows: Sequence[Example], handle: BinaryIO, progress: Progress
+) -> None:
+    """Append the answers that a file does not have yet, a chunk at a time."""
+    done = _whole_lines(handle)
+    if done:
+        progress.say(f"{done} answers are there already: going on after them")
+    progress.stage("answer", len(rows))
+    progress.advance(done)
+    for start in range(done, len(rows), _CHUNK):
+        chunk = rows[start : start + _CHUNK]
+        answers = generator.generate([row.prompt for row in chunk])
+        handle.writelines(_line(*pair) for pair in zip(chunk, answers, strict=True))
+        handle.flush()
+        progress.advance(len(chunk))
+    os.fsync(handle.fileno())
 
 
 def _whole_lines(handle: BinaryIO) -> int:
