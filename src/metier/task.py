@@ -271,7 +271,7 @@ class Task(Config):
                 raise ValueError(f"'{arm.method}' is no arm; choose from {', '.join(METHODS)}")
             if arm.mode not in MODES:
                 raise ValueError(f"'{arm.mode}' is no mode; choose from {', '.join(MODES)}")
-        if len(set(arms)) != len(arms):
+        if len({Arm.of(text).name for text in arms}) != len(arms):
             raise ValueError("an arm stands twice")
         return arms
 

@@ -175,6 +175,7 @@ FIELDS = {
     "unknown arm": Bad({"arms": ["lorra"]}, "arms", "'lorra' is no arm"),
     "unknown mode": Bad({"arms": ["lora/heads"]}, "arms", "'heads' is no mode"),
     "arm twice": Bad({"arms": ["lora", "lora"]}, "arms", "stands twice"),
+    "arm twice in other words": Bad({"arms": ["lora", "lora/text"]}, "arms", "stands twice"),
     "head without labels": Bad(TEXT | {"arms": ["lora/head"]}, "task.yaml", "classification"),
     "classical without labels": Bad(TEXT | {"arms": ["classical"]}, "task.yaml", "classification"),
     "head of a prompt": Bad({"arms": ["prompt/head"]}, "task.yaml", "only lora and full"),
@@ -249,6 +250,15 @@ def test_a_demo_that_cannot_run_leaves_nothing(place: Path) -> None:
     refuse(Bad(None, "grader", "no grader"), "demo", "--set", "grader=exakt", "--out", "run")
     small = ["--set", "arms=[classical]", "--budget", 1e-9]
     refuse(Bad(None, "budget", "would take"), "demo", *small, "--out", "run")
+
+
+def test_a_demo_keeps_what_is_not_its_own(place: Path, stories260k: Path) -> None:
+    """The user's task stays, and so does a directory that stood before."""
+    write_task(place, stories260k)
+    refuse(Bad(None, "task.yaml", "is another task"), "demo", "--out", ".")
+    (place / "mine").mkdir()
+    small = ["--set", "arms=[classical]", "--budget", 1e-9]
+    refuse(Bad(None, "budget", "would take"), "demo", *small, "--out", "mine")
 
 
 # --- bases

@@ -225,6 +225,15 @@ def test_answers_of_another_arm_or_file_are_not_gone_on_with(run: Path, tmp_path
         with pytest.raises(KeyboardInterrupt):
             recipes.predict(run, inputs, out, arm, Interrupting())
     assert len(list(tmp_path.glob("*.partial"))) == 3
+    # The data's directory is named by the task, with the longest answer, and by the rows.
+    changed = shutil.copytree(run, tmp_path / "run")
+    (data,) = changed.glob("data-*")
+    data.rename(changed / "data-changed")
+    index = changed / "arms.json"
+    index.write_text(index.read_text().replace(data.name, "data-changed"))
+    with pytest.raises(KeyboardInterrupt):
+        recipes.predict(changed, inputs, out, "classical", Interrupting())
+    assert len(list(tmp_path.glob("*.partial"))) == 4
 
 
 def test_what_cannot_be_loaded_is_said(finished: Path, tmp_path: Path) -> None:
@@ -330,7 +339,7 @@ def test_a_served_specialist_can_be_the_endpoint_of_a_remote_arm(
 
 def test_an_answer_that_cannot_be_cut_is_refused(specialists: dict[str, Specialist]) -> None:
     found = specialists["lora"]
-    elsewhere = Specialist("elsewhere", found.task, found.generator, None, "")
+    elsewhere = Specialist("elsewhere", found.task, found.generator, None, ())
     written = found.generator.generate([CHATS[0]])[0].completion_tokens
     assert "".join(elsewhere.stream(CHATS[0], max_new_tokens=written))
     with pytest.raises(RequestError, match=f"max_tokens: is {written - 1}"):

@@ -1,11 +1,14 @@
 import dataclasses
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 
-from metier.errors import TrainingError
+from metier.errors import ConfigError, ModelError, TrainingError
 from metier.model.generate import Engine
 from metier.model.load import load_base
+from metier.progress import Silent
 from metier.recipes import making
 from metier.recipes.workbench import Workbench, open_workbench, read_task
 from metier.task import Arm
@@ -46,7 +49,66 @@ def test_a_row_that_is_dropped_asks_for_no_room(tmp_path: Path, stories260k: Pat
     long = dataclasses.replace(first, messages=(first.messages[0], answer))
     parts = dataclasses.replace(bench.parts, train=(long, *rest))
     rows, _ = making.prepare(dataclasses.replace(bench, parts=parts), Arm.of("lora"), engine)
-    assert rows.dropped == {"too long": 1}
+    assert rows.dropped == {"training rows": 1}
+
+
+def with_long_answer(bench: Workbench, part: str) -> Workbench:
+    """The first row of a part gets an answer that is too long to be trained on."""
+    first, *rest = getattr(bench.parts, part)
+    answer = {"role": "assistant", "content": "a long story " * 30}
+    long = dataclasses.replace(first, messages=(first.messages[0], answer))
+    return dataclasses.replace(
+        bench, parts=dataclasses.replace(bench.parts, **{part: (long, *rest)})
+    )
+
+
+def test_a_row_that_is_dropped_takes_no_room_from_requests(
+    tmp_path: Path, stories260k: Path
+) -> None:
+    settings = {"training": training(60, too_long="drop"), "max_new_tokens": None}
+    bench, engine = open_with(tmp_path, stories260k, **settings)
+    loaded = load_base(str(stories260k))
+    longer = making.make_engine(with_long_answer(bench, "train"), loaded, loaded.model)
+    assert longer.max_new_tokens == engine.max_new_tokens < 20
+    wide = {"training": training(512), "max_new_tokens": None}
+    kept, _ = open_with(tmp_path, stories260k, **wide)
+    control = making.make_engine(with_long_answer(kept, "train"), loaded, loaded.model)
+    assert control.max_new_tokens > 60
+
+
+def test_a_validation_row_that_is_dropped_takes_no_room_from_passages(
+    tmp_path: Path, stories260k: Path
+) -> None:
+    bench, engine = open_with(tmp_path, stories260k, training=training(96, too_long="drop"))
+    rows, held_out = making.prepare(with_long_answer(bench, "validation"), LORA_RAG, engine)
+    bare, _ = making.prepare(bench, Arm.of("lora"), engine)
+    assert held_out.dropped == {"validation rows": 1}
+    assert len(rows.rows[0].ids) > len(bare.rows[0].ids), "something is still looked up"
+
+
+def test_a_limit_that_leaves_no_room_for_inputs_is_refused(
+    tmp_path: Path, stories260k: Path
+) -> None:
+    bench, engine = open_with(tmp_path, stories260k, max_new_tokens=510)
+    with pytest.raises(ConfigError, match="leaves no room") as caught:
+        making.check_room(bench, engine)
+    assert caught.value.place == "max_new_tokens"
+    making.check_room(*open_with(tmp_path, stories260k, max_new_tokens=6))
+
+
+def test_a_prompted_arm_answers_with_the_base_it_was_measured_with(
+    tmp_path: Path, stories260k: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(stories260k, base)
+    bench, _ = open_with(tmp_path, base)
+    arm = Arm.of("prompt")
+    making.choose_phrasing(bench, arm, tmp_path, Silent())
+    making.build(bench, arm, tmp_path)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-4}))
+    with pytest.raises(ModelError, match="another base"):
+        making.build(bench, arm, tmp_path)
 
 
 def test_what_is_looked_up_makes_room_for_the_answer(tmp_path: Path, stories260k: Path) -> None:

@@ -143,7 +143,7 @@ def test_preflight_refuses_what_would_fail_in_silence(stories260k: Path) -> None
     with pytest.raises(TrainingError, match="would be cut"):
         prepare(long, renderer, Training(), 64)
     kept = prepare(long, renderer, Training(max_length=64, too_long="drop"), None)
-    assert (len(kept.rows), kept.dropped) == (12, {"too long": 1})
+    assert (len(kept.rows), kept.dropped) == (12, {"training rows": 1})
     with pytest.raises(TrainingError, match="stop token is not trained"):
         prepare(examples(), Endless(base.tokenizer, "plain"), Training(), None)
     with pytest.raises(TrainingError, match="no token to train on"):

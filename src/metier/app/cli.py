@@ -49,7 +49,7 @@ Overrides = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Override a field, e.g. training.epochs=3."),
 ]
 Budget = Annotated[
-    float | None, typer.Option(metavar="MINUTES", help="Longest time the work may take.")
+    float | None, typer.Option(metavar="MINUTES", min=0, help="Longest time the work may take.")
 ]
 Json = Annotated[
     bool, typer.Option("--json", help="Print JSON to the standard output and nothing else.")

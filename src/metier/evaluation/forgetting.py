@@ -266,7 +266,7 @@ def _check_same(before: Sequence[Ability], after: Sequence[Sequence[Ability]]) -
         raise RunError(
             "forgetting",
             "was measured on other material before than after",
-            "delete the stages named forgetting; the run makes them again",
+            "delete the stages named ability-*; the run makes them again",
         )
 
 

@@ -52,8 +52,6 @@ def demo(
         progress: is told every step.
 
     """
-    import shutil
-
     import yaml
 
     from metier.config import overridden
@@ -66,14 +64,22 @@ def demo(
     Task.parse(overridden(values, overrides), f"demo {name}")
     directory = run_directory(str(values["name"]), out)
     task_file = directory / "task.yaml"
-    write_atomic(task_file, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    if task_file.exists() and task_file.read_text("utf-8") != text:
+        raise ConfigError(str(task_file), "is another task", "give the demo another --out")
+    before = set(directory.iterdir()) if directory.exists() else None
+    write_atomic(task_file, text)
     try:
         return run(task_file, directory, overrides, budget, progress)
     except RunError:  # another process may be at work there
         raise
     except MetierError:
-        if {path.name for path in directory.iterdir()} <= {task_file.name, ".lock"}:
-            shutil.rmtree(directory)  # nothing was made
+        made = set(directory.iterdir()) - (before or set())
+        if made <= {task_file, directory / ".lock"}:  # nothing worth keeping
+            for path in made:
+                path.unlink()
+            if before is None:
+                directory.rmdir()
         raise
 
 

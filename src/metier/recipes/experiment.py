@@ -79,7 +79,7 @@ def run(
     with Run(out) as directory:
         experiment = Experiment(bench, directory, progress)
         estimate = planning.plan(bench, progress, experiment.made())
-        planning.hold(estimate, budget or task.budget)
+        planning.hold(estimate, task.budget if budget is None else budget)
         candidates = experiment.make_all()
         openings = experiment.open_test(candidates)
         for candidate in candidates:
@@ -126,7 +126,8 @@ def train_one(
         raise ConfigError(f"arm '{arm.name}'", "is not trained", f"use {', '.join(TUNED_METHODS)}")
     bench = open_workbench(task, task_file.parent)
     with Run(out) as directory:
-        planning.hold(planning.plan_training(bench, progress), budget or task.budget)
+        estimate = planning.plan_training(bench, progress)
+        planning.hold(estimate, task.budget if budget is None else budget)
         return Experiment(bench, directory, progress).make(arm, task.training.seeds[0])
 
 
@@ -355,8 +356,8 @@ class Experiment:
         counted = [item.completion for graded in candidate.validation for item in graded]
         pairs = [(item.completion.text, item.example, item.score) for item in answers]
         remote = self._bench.task.remote if candidate.arm.method == "remote" else None
-        dropped = sum(count for fact in facts[:1] for count in fact.dropped.values())
-        notes = (f"{dropped} training rows were left out as too long",) if dropped else ()
+        dropped = facts[0].dropped if facts else {}
+        notes = [f"{count} {rows} were left out as too long" for rows, count in dropped.items()]
         return Measured(
             arm=candidate.arm,
             scores=_scores(candidate.test),

@@ -22,7 +22,7 @@ from metier.text.tokenizer import Tokenizer
 Inputs = dict[str, Any]
 
 # Raise when stored results of older code must not be reused.
-_EDITION = 1
+_EDITION = 2
 
 
 class Keys:
@@ -83,6 +83,7 @@ class Keys:
         material = self._bench.material
         hashes = self._base(arm)
         return {
+            "edition": _EDITION,
             "model": directory.name if directory else [hashes["weights"], hashes["tokenizer"]],
             "material": fingerprint([dataclasses.asdict(material)]),
         }

@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from metier.errors import TrainingError
+from metier.errors import ConfigError, ModelError, TrainingError
 from metier.evaluation import arms, wording
 from metier.evaluation.classical import Classical
 from metier.evaluation.remote import RemoteGenerator
 from metier.model.adapters import load_adapter
 from metier.model.generate import Engine
 from metier.model.head import HeadGenerator, load_head
-from metier.model.load import Base, load_base
+from metier.model.load import Base, base_hash, load_base
 from metier.progress import Progress
 from metier.recipes.workbench import Workbench
 from metier.records import Chat, Completion, Example, Generator
@@ -68,7 +68,8 @@ class WithinContext:
         answers = iter(
             self._inner.generate([c for c, fits in zip(chats, fitting, strict=True) if fits])
         )
-        return [next(answers) if fits else Completion("", finished=False) for fits in fitting]
+        refused = Completion("", finished=False, refused=True)
+        return [next(answers) if fits else refused for fits in fitting]
 
     def count(self, chats: Sequence[Chat]) -> list[bool]:
         """Which of the chats fit; they count as asked."""
@@ -100,6 +101,8 @@ def build(bench: Workbench, arm: Arm, directory: Path) -> Built:
     about: dict[str, Any] = json.loads((directory / _ABOUT).read_text("utf-8"))
     if arm.method == "remote":
         return remote(bench, about["phrasing"])
+    if not arm.tuned:
+        _check_base(bench, arm, directory, about.get("base", ""))
     engine = load_engine(bench, arm, directory if arm.tuned else None)
     if arm.mode == "head":
         classifier = load_head(engine.model, directory)
@@ -111,29 +114,73 @@ def build(bench: Workbench, arm: Arm, directory: Path) -> Built:
     return _composed(bench, arm, engine, about["phrasing"])
 
 
+def _check_base(bench: Workbench, arm: Arm, directory: Path, expected: str) -> None:
+    """A tuned arm's adapter knows its base; a prompted arm is checked here."""
+    name = _base_name(bench, arm)
+    if base_hash(name) != expected:
+        raise ModelError(
+            str(directory),
+            f"was measured with another base than '{name}' is now",
+            "run 'metier run' again, or put the base back that it was measured with",
+        )
+
+
+def _base_name(bench: Workbench, arm: Arm) -> str:
+    return arm.base or bench.task.bases()[0]
+
+
 def load_engine(bench: Workbench, arm: Arm, tuned: Path | None) -> Engine:
     """The generation engine of an arm: its base, tuned from a directory or as it is."""
-    name = arm.base or bench.task.bases()[0]
     if tuned and arm.method == "full":
         base = load_base(str(tuned))
         return make_engine(bench, base, base.model)
-    base = load_base(name)
+    base = load_base(_base_name(bench, arm))
     return make_engine(bench, base, load_adapter(base, tuned) if tuned else base.model)
 
 
 def make_engine(bench: Workbench, base: Base, model: Any) -> Engine:
     """An engine with the task's template and answer length."""
     renderer = Renderer(base.tokenizer, bench.task.template)
-    return Engine(model, renderer, answer_length(bench, renderer))
+    engine = Engine(model, renderer, max_new_tokens=1)
+    engine.max_new_tokens = bench.task.max_new_tokens or answer_length(bench, engine)
+    return engine
 
 
-def answer_length(bench: Workbench, renderer: Renderer) -> int:
-    """The task's `max_new_tokens`, else the longest training answer and a quarter more."""
-    if bench.task.max_new_tokens:
-        return bench.task.max_new_tokens
-    answers = {row.answer for row in bench.parts.train} | set(bench.labels)
-    longest = max(len(renderer.tokenizer.encode(answer)) for answer in answers)
-    return math.ceil(longest * 1.25) + 1
+def answer_length(bench: Workbench, engine: Engine) -> int:
+    """The longest label or answer that is trained on, and a quarter more.
+
+    An answer of a row that is too long to be trained on would take the room of the prompts.
+    """
+    encode = engine.renderer.tokenizer.encode
+    rows = sorted(((len(encode(row.answer)), at) for at, row in enumerate(bench.parts.train)))
+    while rows and _too_long(bench, bench.parts.train[rows[-1][1]], engine):
+        rows.pop()
+    lengths = [len(encode(label)) for label in bench.labels] + [n for n, _ in rows[-1:]]
+    return math.ceil(max(lengths, default=1) * 1.25) + 1
+
+
+def _too_long(bench: Workbench, example: Example, engine: Engine) -> bool:
+    limit = preflight.longest(bench.task.training, engine.context)
+    return len(engine.renderer.example(example.messages).ids) > limit
+
+
+def check_room(bench: Workbench, engine: Engine) -> None:
+    """Refuse an answer length that leaves no room for what is asked.
+
+    Raises:
+        ConfigError: most validation inputs and an answer do not fit the base's context.
+
+    """
+    fits = arms.room_in(engine)
+    rows = bench.parts.validation
+    cut = sum(not fits(row.prompt) for row in rows)
+    if 2 * cut > len(rows):
+        raise ConfigError(
+            "max_new_tokens",
+            f"an answer of up to {engine.max_new_tokens:,} tokens leaves no room for {cut:,} of "
+            f"{len(rows):,} validation inputs in the base's context of {engine.context:,} tokens",
+            "lower max_new_tokens, shorten the inputs, or choose a base with a longer context",
+        )
 
 
 def choose_phrasing(bench: Workbench, arm: Arm, directory: Path, progress: Progress) -> None:
@@ -147,14 +194,19 @@ def choose_phrasing(bench: Workbench, arm: Arm, directory: Path, progress: Progr
     progress.stage(f"choose the wording of {arm.name}")
     candidates = {name: inner(name).generator for name in names}
     choice = arms.choose(candidates, bench.parts.validation, bench.grader, _CHOOSE_ON)
-    write_about(directory, arm, choice.name, choice.scores)
+    base = "" if arm.method == "remote" else base_hash(_base_name(bench, arm))
+    write_about(directory, arm, choice.name, choice.scores, base)
 
 
 def write_about(
-    directory: Path, arm: Arm, phrasing: str, scores: dict[str, float] | None = None
+    directory: Path,
+    arm: Arm,
+    phrasing: str,
+    scores: dict[str, float] | None = None,
+    base: str = "",
 ) -> None:
-    """Write how the arm words its requests."""
-    about = {"arm": arm.name, "phrasing": phrasing, "scores": scores or {}}
+    """Write how the arm words its requests, and the hash of the base that it asks."""
+    about = {"arm": arm.name, "phrasing": phrasing, "scores": scores or {}, "base": base}
     (directory / _ABOUT).write_text(json.dumps(about), "utf-8")
 
 
@@ -194,14 +246,17 @@ def prepare(bench: Workbench, arm: Arm, engine: Engine) -> tuple[Prepared, Prepa
     """
     compose = composer(bench, arm, room(bench, arm, engine), "")
 
-    def prepared(part: Sequence[Example]) -> Prepared:
+    def prepared(part: Sequence[Example], name: str) -> Prepared:
         composed = [
             dataclasses.replace(row, messages=(*compose(row.prompt), row.messages[-1]))
             for row in part
         ]
-        return preflight.prepare(composed, engine.renderer, bench.task.training, engine.context)
+        return preflight.prepare(
+            composed, engine.renderer, bench.task.training, engine.context, name
+        )
 
-    rows = prepared(bench.parts.train), prepared(bench.parts.validation)
+    parts = bench.parts
+    rows = prepared(parts.train, "training"), prepared(parts.validation, "validation")
     if arm.mode == "text":
         check_answers(bench, engine)
     return rows
@@ -236,9 +291,10 @@ def room(bench: Workbench, arm: Arm, engine: Engine) -> arms.Fits:
     fits = arms.room_in(engine)
     if arm.method != "lora+rag":
         return fits
-    held_out = (preflight.render(row, engine.renderer) for row in bench.parts.validation)
-    longest = max([engine.max_new_tokens, *(sum(row.trained) for row in held_out)])
     limit = preflight.longest(bench.task.training, engine.context)
+    held_out = (preflight.render(row, engine.renderer) for row in bench.parts.validation)
+    answers = [sum(row.trained) for row in held_out if len(row.ids) <= limit]
+    longest = max([engine.max_new_tokens, *answers])
     return lambda chat: len(engine.renderer.prompt(chat)) + longest <= limit
 
 

@@ -297,6 +297,7 @@ def _measure(
     """Speeds of the base as it is, and of those it is tuned to, by name."""
     base = load_base(name)
     engine = making.make_engine(bench, base, base.model)
+    making.check_room(bench, engine)
     speeds = {"base": _speed(engine)}
     if "full" in models:
         base.model.requires_grad_(requires_grad=True)

@@ -36,7 +36,7 @@ class Facts:
         peak_memory: bytes of this process while training.
         curve: one point per pass over the data.
         sample: one training example as text, trained tokens marked.
-        dropped: training rows left out, by reason.
+        dropped: training and validation rows left out as too long.
 
     """
 
@@ -77,7 +77,7 @@ def tune(
         progress.stage(f"train {arm.name}, seed {seed}", _steps(bench, rows[0]))
         state = _fit(bench, arm, base, model, rows, seed, scratch, progress)
     _write(arm, base, model, directory)
-    _write_facts(state, rows[0], seed, memory.peak, directory)
+    _write_facts(state, rows, seed, memory.peak, directory)
 
 
 def read_facts(directory: Path) -> Facts:
@@ -148,8 +148,13 @@ def _write(arm: Arm, base: Base, model: Any, directory: Path) -> None:
 
 
 def _write_facts(
-    state: State, rows: preflight.Prepared, seed: int, peak: int, directory: Path
+    state: State,
+    rows: tuple[preflight.Prepared, preflight.Prepared],
+    seed: int,
+    peak: int,
+    directory: Path,
 ) -> None:
+    train, validation = rows
     facts = {
         "seed": seed,
         "steps": state.step,
@@ -158,7 +163,7 @@ def _write_facts(
         "seconds": state.seconds,
         "peak_memory": peak,
         "curve": state.curve,
-        "sample": rows.sample,
-        "dropped": rows.dropped,
+        "sample": train.sample,
+        "dropped": train.dropped | validation.dropped,
     }
     (directory / _FACTS).write_text(json.dumps(facts, ensure_ascii=False), "utf-8")

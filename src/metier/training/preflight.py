@@ -31,7 +31,11 @@ class Prepared:
 
 
 def prepare(
-    examples: Sequence[Example], renderer: Renderer, training: Training, limit: int | None
+    examples: Sequence[Example],
+    renderer: Renderer,
+    training: Training,
+    limit: int | None,
+    part: str = "training",
 ) -> Prepared:
     """Render examples and refuse what would fail in silence.
 
@@ -40,6 +44,7 @@ def prepare(
         renderer: the one that will serve.
         training: for `max_length` and `too_long`.
         limit: longest input of the base in tokens, if it names one.
+        part: name of the part, for messages.
 
     Raises:
         TrainingError: a row has no trained token, does not train its stop token, or is too long.
@@ -57,10 +62,14 @@ def prepare(
         rows.append(row)
         kept.append(example)
     if not rows:
-        raise TrainingError("training part", "has no row to train on", "give more examples")
+        raise TrainingError(
+            f"{part} part",
+            f"has no row of at most {most:,} tokens to train with",
+            "give more or shorter examples, or raise training.max_length",
+        )
     shown = renderer.show(renderer.example(kept[0].messages, kept[0].tools))
     dropped = len(examples) - len(kept)
-    return Prepared(rows, kept, shown, {"too long": dropped} if dropped else {})
+    return Prepared(rows, kept, shown, {f"{part} rows": dropped} if dropped else {})
 
 
 def longest(training: Training, limit: int | None) -> int:
