@@ -79,6 +79,7 @@ class Completion:
         completion_tokens: tokens written.
         finished: False when the answer was cut at the length limit, or the request refused.
         probability: the arm's own probability of its answer, where it has one.
+        refused: the request is longer than the model's context: nothing was read or written.
 
     """
 
@@ -87,11 +88,7 @@ class Completion:
     completion_tokens: int = 0
     finished: bool = True
     probability: float | None = None
-
-    @property
-    def refused(self) -> bool:
-        """The request is longer than the model's context: nothing was read, nothing written."""
-        return not (self.finished or self.text or self.prompt_tokens or self.completion_tokens)
+    refused: bool = False
 
 
 class Generator(Protocol):

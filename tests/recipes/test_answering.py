@@ -14,6 +14,7 @@ from metier.evaluation.runner import load_graded
 from metier.progress import Silent
 from metier.recipes import answering, workbench
 from metier.recipes.answering import Specialist
+from metier.records import Completion, Example
 from metier.task import Remote
 from tests.serving.test_gateway import KEY, served
 
@@ -83,6 +84,14 @@ def test_a_specialist_answers_as_it_was_evaluated(finished: Path, arm: str) -> N
 def write_inputs(path: Path, texts: tuple[str, ...] = TEXTS) -> Path:
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return path
+
+
+def test_an_empty_answer_that_was_cut_is_not_a_request_too_long() -> None:
+    """As from an endpoint that spent its whole limit on thoughts and reports no tokens."""
+    example = Example("a", ({"role": "user", "content": "x"}, {"role": "assistant"}))
+    assert "error" not in json.loads(answering._line(example, Completion("", finished=False)))
+    refused = Completion("", finished=False, refused=True)
+    assert "error" in json.loads(answering._line(example, refused))
 
 
 class Told(Silent):
@@ -290,8 +299,9 @@ def test_arms_that_write_honour_every_option(client: openai.OpenAI, arm: str) ->
     drawn = [ask(temperature=2, seed=seed).choices[0].message.content for seed in (*range(4), 0)]
     assert drawn[0] == drawn[-1]
     assert len(set(drawn)) > 1
-    narrow = [ask(temperature=2, top_p=1e-9, seed=seed).choices for seed in (0, 1)]
-    assert narrow[0] == narrow[1], "only the likeliest token is left"
+    for top_p in (0, 1e-9):
+        narrow = [ask(temperature=2, top_p=top_p, seed=seed).choices for seed in (0, 1)]
+        assert narrow[0] == narrow[1], "only the likeliest token is left"
 
 
 @pytest.mark.parametrize("arm", CHOOSING)

@@ -39,7 +39,8 @@ class Specialist:
         generator: answers chats, greedily.
         engine: the language model that writes its answers; None where they are chosen among
             labels or come from an endpoint.
-        made: name of the directory it was built from, with the hash of what went into it.
+        made: names of the directories it was built from, the arm's and the data's, each with
+            the hash of what went into it.
 
     """
 
@@ -47,7 +48,7 @@ class Specialist:
     task: Task
     generator: Generator
     engine: Engine | None
-    made: str
+    made: tuple[str, ...]
 
     def stream(
         self,
@@ -141,9 +142,8 @@ def load_specialist(run: Path, arm: str | None) -> Specialist:
     bench = workbench.load(data)
     built = making.build(bench, found.arm, directory)
     engine = built.engine if found.arm.mode == "text" else None
-    return Specialist(
-        f"{verdict.task}:{wanted}", bench.task, built.generator, engine, found.directory
-    )
+    made = (found.directory, index.data)
+    return Specialist(f"{verdict.task}:{wanted}", bench.task, built.generator, engine, made)
 
 
 class _Made(Config):
@@ -190,7 +190,7 @@ def predict(run: Path, file: Path, out: Path | None, arm: str | None, progress: 
     rows = read_examples(
         file.name, task.kind, file.parent, task.data.format, columns, answers=False
     )
-    key = runs.fingerprint([specialist.made, runs.file_hash(file)])
+    key = runs.fingerprint([*specialist.made, runs.file_hash(file)])
     partial = target.with_name(f"{target.name}.{key[:12]}.partial")
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
