@@ -256,6 +256,42 @@ def test_groups_and_official_parts_are_found(tmp_path: Path) -> None:
     assert len(parts.test) == 100
 
 
+@pytest.mark.parametrize("test", ["no output", "an empty output"])
+def test_a_part_without_outputs_is_not_used(tmp_path: Path, test: str) -> None:
+    rows = [{"id": i, "text": s, "label": "ab"[i % 2]} for i, s in enumerate(sentences(300))]
+    empty = {} if test == "no output" else {"label": ""}
+    write(tmp_path / "test.jsonl", [{"id": i, "text": "x", **empty} for i in range(9)])
+    task, text = proposal(tmp_path / "train.jsonl", rows)
+    assert (task.data.file, task.data.test) == ("train.jsonl", None)
+    assert task.data.columns.id == "id"
+    assert "# test.jsonl beside it is not used as the test part: " in text
+    assert read_parts(task, tmp_path).test
+
+
+@pytest.mark.parametrize(("column", "name"), [("id", "id"), ("group", "user")])
+def test_id_and_group_must_be_in_every_part(tmp_path: Path, column: str, name: str) -> None:
+    unique = name == "id"
+    rows: list[dict[str, Any]] = [
+        {name: f"u{i if unique else i // 5}", "text": s, "label": "ab"[i % 2]}
+        for i, s in enumerate(sentences(300))
+    ]
+    write(tmp_path / "test.jsonl", rows[:100])
+    path = tmp_path / "train.jsonl"
+    assert getattr(proposal(path, rows[100:])[0].data.columns, column) == name
+    write(tmp_path / "test.jsonl", [{**row, name: ""} for row in rows[:100]])
+    assert getattr(proposal(path, rows[100:])[0].data.columns, column) is None
+    write(tmp_path / "test.jsonl", [{k: row[k] for k in ("text", "label")} for row in rows[:100]])
+    task, _ = proposal(path, rows[100:])
+    assert (task.data.test, getattr(task.data.columns, column)) == ("test.jsonl", None)
+    assert len(read_parts(task, tmp_path).test) == 100
+
+
+def test_one_empty_id_and_none_is_proposed(tmp_path: Path) -> None:
+    rows = [{"id": str(i), "text": s, "label": "ab"[i % 2]} for i, s in enumerate(sentences(300))]
+    rows[7]["id"] = " "
+    assert proposal(tmp_path / "a.jsonl", rows)[0].data.columns.id is None
+
+
 def test_the_file_is_named_from_where_the_task_stands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

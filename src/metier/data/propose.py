@@ -81,20 +81,19 @@ def propose(path: Path, task_dir: Path | None = None) -> str:
     rows = list(read_rows(path))
     layout, sure = _layout(path, rows)
     _refuse_empty(rows, layout)
-    columns = _columns(rows, layout)
-    examples = read_examples(str(path), "expansion", Path(), layout.format, columns)
+    pair = _pair(layout)
+    examples = read_examples(str(path), "expansion", Path(), layout.format, pair)
     kind, reason = _kind(examples)
+    beside = _files_beside(path)
+    held, refused = _read_held(path, beside, kind, layout, pair)
+    tables = [rows, *(list(read_rows(path.with_name(beside[part]))) for part in held)]
+    columns = pair.model_copy(update=_id_and_group(tables, layout))
+    parts = _parts(_file_name(path, task_dir or path.parent), {p: beside[p] for p in held})
     text = _Text()
     text.add("name", _name(path), "From the file's name.")
     text.add("kind", kind, reason)
-    parts = _official_parts(path, _file_name(path, task_dir or path.parent))
-    about = [*_about_data(rows, layout, columns, sure), *_about_parts(parts)]
+    about = [*_about_data(rows, layout, columns, sure), *_about_parts(parts), *refused]
     text.add("data", {**parts, **_data(layout, columns)}, *about)
-    held = {
-        part: read_examples(parts[part], kind, task_dir or path.parent, layout.format, columns)
-        for part in limits.HELD
-        if part in parts
-    }
     _add_words(text, kind, [*examples, *chain.from_iterable(held.values())])
     _add_arms(text, kind, examples)
     _add_limits(text, kind, examples, {part: len(found) for part, found in held.items()})
@@ -170,7 +169,7 @@ def _named(wanted: Sequence[str], names: Sequence[str]) -> str:
 def _usable(name: str, rows: Sequence[Row], json_values: bool = False) -> bool:
     """Whether a column is no id and has a plain value, or JSON, in every row."""
     values = [row.values.get(name) for row in rows]
-    filled = all(v not in (None, "", [], {}) for v in values)
+    filled = len(_values(name, rows)) == len(rows)
     fits = all(isinstance(v, (list, dict)) == json_values for v in values)
     return filled and fits and name.lower() != "id"
 
@@ -222,24 +221,39 @@ def _refuse_empty(rows: Sequence[Row], layout: Layout) -> None:
         )
 
 
-def _columns(rows: Sequence[Row], layout: Layout) -> Columns:
-    values = {"input": layout.input, "output": layout.output} if _is_pair(layout) else {}
+def _pair(layout: Layout) -> Columns:
+    """Input and output, where these two columns say everything."""
+    if not layout.output or layout.context or layout.format == "alpaca":
+        return _NONE
+    return Columns(input=layout.input, output=layout.output)
+
+
+def _id_and_group(tables: Sequence[Sequence[Row]], layout: Layout) -> dict[str, str]:
+    """Columns that every part has, filled in every row."""
+    rows = tables[0]
     free = {name.lower(): name for name in rows[0].values if name not in layout.columns}
-    if "id" in free and _distinct(rows, free["id"]) == len(rows):
-        values["id"] = free["id"]
-    group = next((free[name] for name in _GROUP_NAMES if name in free), None)
+    filled = {
+        lower: name
+        for lower, name in free.items()
+        if all(len(_values(name, table)) == len(table) for table in tables)
+    }
+    found = {}
+    if "id" in filled and all(_distinct(t, filled["id"]) == len(t) for t in tables):
+        found["id"] = filled["id"]
+    group = next((filled[name] for name in _GROUP_NAMES if name in filled), None)
     if group and _usable(group, rows) and 10 <= _distinct(rows, group) < len(rows):
-        values["group"] = group
-    return Columns(**values)
-
-
-def _is_pair(layout: Layout) -> bool:
-    """Whether two columns say everything, input and output."""
-    return bool(layout.output) and not layout.context and layout.format != "alpaca"
+        found["group"] = group
+    return found
 
 
 def _distinct(rows: Sequence[Row], column: str) -> int:
-    return len({str(row.values.get(column)) for row in rows})
+    return len({str(value).strip() for value in _values(column, rows)})
+
+
+def _values(column: str, rows: Sequence[Row]) -> list[Any]:
+    """The values of a column that are not empty."""
+    values = (row.values.get(column) for row in rows)
+    return [v for v in values if v not in (None, [], {}) and str(v).strip()]
 
 
 def _file_name(path: Path, task_dir: Path) -> str:
@@ -248,10 +262,10 @@ def _file_name(path: Path, task_dir: Path) -> str:
     return file.relative_to(directory).as_posix() if inside else str(file)
 
 
-def _official_parts(path: Path, file: str) -> dict[str, str]:
-    """The file, or the parts that stand beside it: the same name with another word for train."""
+def _files_beside(path: Path) -> dict[str, str]:
+    """Names of the held parts beside the file: its own with another word for train."""
     stem, dot, suffix = path.name.partition(".")
-    parts = {"train": file}
+    parts = {}
     for part, names in {
         "validation": ("validation", "valid", "validate", "val", "dev", "devel"),
         "test": ("test",),
@@ -260,8 +274,27 @@ def _official_parts(path: Path, file: str) -> dict[str, str]:
         found = [n + dot + suffix for n in beside if n != stem]
         name = next((name for name in found if path.with_name(name).is_file()), None)
         if name:
-            parts[part] = str(Path(file).with_name(name))
-    return parts if len(parts) > 1 else {"file": file}
+            parts[part] = name
+    return parts
+
+
+def _read_held(
+    path: Path, beside: Mapping[str, str], kind: Kind, layout: Layout, pair: Columns
+) -> tuple[dict[str, list[Example]], list[str]]:
+    """The held parts that can be read as the file is, and why others cannot."""
+    held, refused = {}, []
+    for part, name in beside.items():
+        try:
+            held[part] = read_examples(name, kind, path.parent, layout.format, pair)
+        except DataError as error:
+            refused.append(f"{name} beside it is not used as the {part} part: {error.cause}.")
+    return held, refused
+
+
+def _parts(file: str, held: Mapping[str, str]) -> dict[str, str]:
+    if not held:
+        return {"file": file}
+    return {"train": file, **{part: str(Path(file).with_name(n)) for part, n in held.items()}}
 
 
 def _data(layout: Layout, columns: Columns) -> dict[str, Any]:
