@@ -281,6 +281,12 @@ def test_draws_follow_the_softmax(temperature: float) -> None:
     assert stats.chisquare(counts.numpy(), [800] * 5).pvalue < 0.001, "the test has power"
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-46, 1e-38, 1e-6, 1e-5])
+def test_a_temperature_near_zero_takes_the_likeliest(temperature: float) -> None:
+    for logits in (LOGITS, LOGITS - 100, LOGITS * 1e4):
+        assert _Draw(temperature, 1.0, seed=0)(logits) == 0
+
+
 def test_the_nucleus_is_the_smallest_set_with_the_share() -> None:
     """Probabilities of the five tokens are 0.46, 0.17, 0.06, 0.02 and 0.28."""
     for top_p, tokens in [

@@ -66,7 +66,7 @@ def test_fields_that_change_nothing_are_accepted(fields):
         ({"top_k": 5}, "top_k", "unknown_parameter"),
         ({"temperature": 2.1}, "temperature", "invalid_value"),
         ({"temperature": "0.5"}, "temperature", "invalid_value"),
-        ({"top_p": 0}, "top_p", "invalid_value"),
+        ({"top_p": -0.1}, "top_p", "invalid_value"),
         ({"max_tokens": 0}, "max_tokens", "invalid_value"),
         ({"max_tokens": 1.5}, "max_tokens", "invalid_value"),
         ({"seed": 2**63}, "seed", "invalid_value"),

@@ -34,6 +34,8 @@ _LOGITS = 1 << 25
 # Rows leave a batch once no more than this share of it is still writing.
 _LEAVE = 0.75
 _IGNORED = -100
+# Below this temperature only the likeliest token is left, and logits over it may overflow.
+_COLDEST = 1e-5
 
 
 class Engine:
@@ -289,7 +291,7 @@ class _Draw:
             self._generator.manual_seed(seed)
 
     def __call__(self, logits: torch.Tensor) -> int:
-        if self._temperature == 0:
+        if self._temperature < _COLDEST:
             return int(logits.argmax())
         probabilities = (logits.float().cpu() / self._temperature).softmax(-1)
         ranked, tokens = probabilities.sort(descending=True, stable=True)

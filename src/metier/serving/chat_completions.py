@@ -161,7 +161,7 @@ class ChatRequest(BaseModel):
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
     """OpenAI's default is 1. Ours is 0: a verdict is measured on greedy answers, and what is
     served by default must be what was measured."""
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_p: Annotated[float, Field(ge=0, le=1)] = 1.0
     max_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     stop: Annotated[list[str], BeforeValidator(lambda s: [s] if isinstance(s, str) else s)] = []
