@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import json
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -493,6 +494,20 @@ def test_a_client_that_leaves_ends_its_generation(stream):
         assert echo.closed.wait(5), "it stops soon"
         assert echo.pieces > 5
         assert httpx.post(f"{url}/chat/completions", json=CHAT).status_code == 200
+
+
+def test_a_client_that_leaves_while_it_sends_is_no_fault(capsys):
+    with served({"echo": Echo()}, key=None) as url:
+        host, port = url.split("/")[2].split(":")
+        head = (
+            f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}:{port}\r\n"
+            "Content-Type: application/json\r\nContent-Length: 1000\r\n\r\n{"
+        )
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(head.encode())
+            time.sleep(0.1)  # until its body is waited for
+        assert httpx.post(f"{url}/chat/completions", json=CHAT).status_code == 200
+    assert capsys.readouterr().err == ""
 
 
 def test_who_asks_first_is_answered_first():

@@ -37,6 +37,7 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from metier.errors import ConfigError, MetierError, RemoteError, RequestError
@@ -48,6 +49,7 @@ MAX_BODY = 4 * 2**20
 MAX_WAITING = 64
 DRAIN_SECONDS = 30
 
+_GONE = 499  # nobody is there to read it
 _STREAM = {"Cache-Control": "no-store"}
 _log = logging.getLogger("metier.serving")
 _T = TypeVar("_T")
@@ -122,7 +124,10 @@ def create_app(
 
     @app.post("/v1/chat/completions")
     async def chat_completions(http: Request) -> Response:
-        request = parse(await _body(http))
+        try:
+            request = parse(await _body(http))
+        except ClientDisconnect:
+            return Response(status_code=_GONE)
         return await _answer(_find(engines, request.model), request, http)
 
     _add_error_handlers(app)
@@ -279,7 +284,7 @@ async def _answer(engine: _Engine, request: ChatRequest, http: Request) -> Respo
         while isinstance(piece, str):
             piece = await anext(pieces)
     except StopAsyncIteration:
-        return Response(status_code=499)  # nobody is there to read it
+        return Response(status_code=_GONE)
     except Exception as error:
         return _error_response(_refusal(error))
     return JSONResponse(reply.whole(piece))
