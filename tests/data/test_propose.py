@@ -145,6 +145,14 @@ def test_large_data_is_capped_and_says_so(tmp_path: Path) -> None:
     assert "# max_*: all 1,000 rows would take more than the budget" in text
 
 
+def test_one_endless_answer_counts_as_a_full_context(tmp_path: Path) -> None:
+    rows = [{"prompt": s, "completion": s[::-1]} for s in sentences(3000)]
+    rows[7]["completion"] = "word " * 20_000
+    task, _ = proposal(tmp_path / "a.jsonl", rows)
+    assert task.split.max_test is not None
+    assert task.split.max_test > 300
+
+
 def test_columns_are_told_by_their_names(tmp_path: Path) -> None:
     rows = [
         {"text": s * 3, "note": "ab"[i % 2], "instruction": s[::-1], "id": i}
@@ -159,6 +167,77 @@ def test_columns_are_told_by_their_names(tmp_path: Path) -> None:
     spans = [{"body": s, "entities": [{"text": s[:4]}]} for s in sentences(250)]
     task, _ = proposal(tmp_path / "c.jsonl", spans)
     assert (task.kind, task.data.columns.output) == ("extraction", "entities")
+
+
+S = sentences(250)
+GUESSES: dict[str, tuple[dict[str, Any], str, str]] = {
+    "source is a channel": (
+        {"review": S, "sentiment": ["good", "bad"], "source": ["web", "app", "mail"]},
+        "review", "sentiment",
+    ),
+    "source is a paper": (
+        {"document": S, "summary": S[::-1], "source": ["web", "paper"], "url": [s[:5] for s in S]},
+        "document", "summary",
+    ),
+    "the query is short": (
+        {"content": S, "target": S[::-1], "query": [s[:9] for s in S]}, "content", "target",
+    ),
+    "a label beats free text": (
+        {"response": S, "label": ["good", "bad"]}, "response", "label",
+    ),
+    "one prompt for all": (
+        {"prompt": ["judge"], "note_text": S, "grade": ["a", "b"]}, "note_text", "grade",
+    ),
+    "labels first": ({"v1": ["ham", "spam"], "v2": S}, "v2", "v1"),
+    "long labels": ({"a": [s[:9] for s in S], "b": ["x" * 70, "y" * 70]}, "a", "b"),
+    "fewest values": (
+        {"comment_id": list(range(250)), "comment": S, "toxic": [0, 1], "date": list("abcde")},
+        "comment", "toxic",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("columns", "source", "output"), GUESSES.values(), ids=GUESSES.keys())
+def test_columns_are_told_by_names_and_values(
+    tmp_path: Path, columns: dict[str, Any], source: str, output: str
+) -> None:
+    rows = [{n: values[i % len(values)] for n, values in columns.items()} for i in range(250)]
+    task, _ = proposal(tmp_path / "a.jsonl", rows)
+    assert (task.data.columns.input, task.data.columns.output) == (source, output)
+    few = len(columns[output]) < 10
+    assert task.kind == ("classification" if few else "expansion")
+
+
+@pytest.mark.parametrize("name", ["team", "category"])
+def test_one_empty_output_does_not_change_the_guess(tmp_path: Path, name: str) -> None:
+    rows = [{"mail": s, name: "ab"[i % 2], "subject": s[:9]} for i, s in enumerate(S)]
+    rows[7][name] = ""
+    with pytest.raises(
+        DataError, match=rf"'{name}': the output is empty in 1 of 250 rows .lines 8\)"
+    ):
+        propose(write(tmp_path / "a.jsonl", rows))
+
+
+@pytest.mark.parametrize("name", ["the\nlabel", "the\u2028label", "the\x07label"])
+def test_line_breaks_in_names_stay_out_of_comments(tmp_path: Path, name: str) -> None:
+    task, text = proposal(
+        tmp_path / "a.jsonl", [{"mail": s, name: "ab"[i % 2]} for i, s in enumerate(S)]
+    )
+    assert task.data.columns.output == name
+    assert "'the label' the output." in text
+
+
+def test_long_names_of_columns_are_names(tmp_path: Path) -> None:
+    name = "What did you like about the course, and what should we do better next year?"
+    lines = [f'"{name}",level', *(f"{s},{'ab'[i % 2]}" for i, s in enumerate(S))]
+    (tmp_path / "a.csv").write_text("\n".join(lines))
+    assert load(tmp_path / "x", propose(tmp_path / "a.csv")).data.columns.input == name
+
+
+def test_labels_with_a_hyphen_are_no_tags(tmp_path: Path) -> None:
+    labels = ["E-commerce", "B-stock", "S-class"]
+    rows = [{"message": s, "department": labels[i % 3]} for i, s in enumerate(S)]
+    assert set(proposal(tmp_path / "a.jsonl", rows)[0].labels) == set(labels)
 
 
 def test_json_keys_are_asked_for(tmp_path: Path) -> None:
@@ -190,7 +269,7 @@ def test_lists_of_labels_are_warned_of(tmp_path: Path) -> None:
 TABLES = {
     "a label for a name": ("a.csv", "good film,1\nbad film,0\nbest film,1\ngone,1\n", "'1'"),
     "a word for a name": ("a.csv", "good film,pos\nbad,neg\nbest,pos\nfun,pos\n", "'pos'"),
-    "a sentence for a name": ("a.tsv", f"{'so long ' * 9}\ta\nshort\tb\nold\tc\n", "'so long"),
+    "a sentence for a name": ("a.tsv", f"{'so long ' * 9}\t{'or not ' * 9}\nold\tc\n", "'so long"),
     "one token a line": ("a.tsv", "Paris\tB-place\nis\tO\n\nRome\tB-place\nis\tO\n", "CoNLL"),
     "another extension": ("a.conll", "Paris\tB-place\n", "CoNLL"),
 }

@@ -75,7 +75,7 @@ def _seconds_per_row(kind: Kind, examples: Sequence[Example]) -> tuple[float, fl
     # prompt; few-shot and rag; the tuned arm with every seed.
     shown = min(CONTEXT, named + shots * (asked + answer) + asked)
     read = named + asked + 2 * shown + seeds * asked
-    written = 3 * 1.25 * max(answers) + seeds * answer
+    written = 3 * min(CONTEXT, 1.25 * max(answers)) + seeds * answer
     training = seeds * defaults.epochs * (asked + answer) / _TRAINED
     return training, read / _READ + written / _WRITTEN
 

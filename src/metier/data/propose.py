@@ -25,10 +25,10 @@ from metier.task import Columns, Kind, Task
 _NONE = Columns()
 _GROUP_NAMES = ("group", "customer", "customer_id", "user", "user_id", "document", "document_id")
 # Columns whose names say what they are, where no known format has them all.
+_ASKING_NAMES = ("instruction", "question", "prompt")
 _INPUT_NAMES = (
-    "instruction", "question", "prompt", "query", "input", "request", "source", "message",
-    "review", "comment", "body", "content", "document", "description", "text", "sentence",
-    "utterance", "mr",
+    "query", "input", "request", "source", "message", "review", "comment", "body", "content",
+    "document", "description", "text", "sentence", "utterance", "mr",
 )  # fmt: skip
 _OUTPUT_NAMES = (
     "answer", "response", "completion", "output", "target", "expected", "label", "category",
@@ -112,11 +112,16 @@ class _Text:
         """Append a key with its value."""
         self.values[key] = value
         dumped = yaml.safe_dump({key: value}, sort_keys=False, allow_unicode=True, width=100)
-        self.lines += [*(f"# {comment}" for comment in comments), dumped]
+        self.lines += [*(f"# {_one_line(comment)}" for comment in comments), dumped]
 
     def __str__(self) -> str:
         head = "# Proposed from the data. Read it, mend what was guessed wrong, then run it.\n\n"
         return head + "\n".join(self.lines)
+
+
+def _one_line(text: str) -> str:
+    """Names of columns may hold line breaks and signs that YAML does not allow."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 def _name(path: Path) -> str:
@@ -149,40 +154,53 @@ def _layout(path: Path, rows: Sequence[Row]) -> tuple[Layout, bool]:
 def _guess(texts: Sequence[str], lists: Sequence[str], rows: Sequence[Row]) -> tuple[str, str]:
     """Input and output column, by their names where these say it, else by their values."""
     outputs = [*texts, *lists]
-    output = _named(_OUTPUT_NAMES, outputs if len(texts) > 1 else lists)
-    source = _named(_INPUT_NAMES, [name for name in texts if name != output])
-    if not source and not output and len(outputs) == 2:
+    values = {name: _values(name, rows) for name in outputs}
+    length = {name: sum(len(str(v)) for v in values[name]) / len(values[name]) for name in outputs}
+    few = [name for name in outputs if _distinct(rows, name) <= len(rows) / 5]
+    labels = [name for name in few if _distinct(rows, name) >= 2]
+    named = _named(_OUTPUT_NAMES, outputs if len(texts) > 1 else lists)
+    output = next((name for name in named if name in labels), named[0] if named else "")
+    rest = [name for name in texts if name != output]
+    asking, telling = _named(_ASKING_NAMES, rest), _named(_INPUT_NAMES, rest)
+    if not (named or asking or telling) and len(outputs) == 2 and len(labels) != 1:
         return outputs[0], outputs[1]
-    lengths = {name: sum(len(str(row.values[name])) for row in rows) for name in outputs}
-    source = source or max((name for name in texts if name != output), key=lengths.__getitem__)
-    rest = [name for name in outputs if name != source]
-    labels = [name for name in rest if 2 <= _distinct(rows, name) <= len(rows) / 5]
-    return source, output or (labels or [max(rest, key=lengths.__getitem__)])[-1]
+    free = max(rest, key=lambda name: (name not in few, length[name]))
+    source = asking[0] if asking else max(telling, key=length.__getitem__, default=free)
+    if source in few and length[free] > length[source]:
+        source = free
+    others = [name for name in outputs if name != source]
+    # The last of several with equally few values: labels usually stand at the end.
+    fewest = min(
+        (name for name in reversed(others) if name in labels),
+        key=lambda name: _distinct(rows, name),
+        default=max(others, key=length.__getitem__),
+    )
+    return source, output or fewest
 
 
-def _named(wanted: Sequence[str], names: Sequence[str]) -> str:
-    """The first of the wanted names that is there, whatever its case."""
+def _named(wanted: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The wanted names that are there, the first wanted first, whatever their case."""
     lower = {name.lower(): name for name in names}
-    return next((lower[name] for name in wanted if name in lower), "")
+    return [lower[name] for name in wanted if name in lower]
 
 
 def _usable(name: str, rows: Sequence[Row], json_values: bool = False) -> bool:
-    """Whether a column is no id and has a plain value, or JSON, in every row."""
-    values = [row.values.get(name) for row in rows]
-    filled = len(_values(name, rows)) == len(rows)
+    """Whether a column is no id and has plain values, or JSON, in half of the rows at least."""
+    values = _values(name, rows)
     fits = all(isinstance(v, (list, dict)) == json_values for v in values)
-    return filled and fits and name.lower() != "id"
+    return len(values) >= len(rows) / 2 and fits and name.lower() != "id"
 
 
 def _refuse_other_tables(path: Path, rows: Sequence[Row]) -> None:
     """Refuse a table with one token a line, or without names of columns."""
     columns = {name: Counter(str(row.values.get(name)) for row in rows) for name in rows[0].values}
     for values in columns.values():
-        if all(map(_TAG.fullmatch, values)) and set(values) != {"O"}:
+        if all(map(_TAG.fullmatch, values)) and "O" in values and len(values) > 1:
             raise _tagged(path)
+    sentences = all(len(name) > 60 for name in columns)
     for name, values in columns.items():
         repeated = bool(name) and values[name] > 1
-        if _is_table(path) and (repeated or len(name) > 60 or re.fullmatch(r"[\d.,]+", name)):
+        if _is_table(path) and (repeated or sentences or re.fullmatch(r"[\d.,]+", name)):
             shown = name if len(name) <= 40 else f"{name[:40]}..."
             raise DataError(
                 f"{path}:1",
@@ -217,7 +235,7 @@ def _refuse_empty(rows: Sequence[Row], layout: Layout) -> None:
             empty[0].place,
             f"column '{layout.output}': the output is empty in {len(empty):,} of {len(rows):,} "
             f"rows (lines {lines}{more})",
-            "fill it or drop these rows",
+            "fill it or drop these rows; remove the column if it is not the output",
         )
 
 
