@@ -235,6 +235,63 @@ def test_more_tokens_continue_and_another_recipe_starts_anew(tmp_path: Path) -> 
     assert len(list((tmp_path / "out").glob("training-*"))) == 2
 
 
+class Told(Silent):
+    """Keeps what a person is told, and may end the program at a step."""
+
+    def __init__(self, until: int = 0) -> None:
+        self.lines: list[str] = []
+        self.until, self.steps = until, 0
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+    def advance(self, n: float = 1, **info: object) -> None:
+        self.steps += int(n)
+        if self.until == self.steps and info:
+            raise KeyboardInterrupt
+
+
+def interrupted(directory: Path, steps: int, after: int) -> None:
+    """A run of so many steps whose last checkpoint is after one of them."""
+    path = recipe(directory, tokens=steps * 768, checkpoint_seconds=1e-9)
+    with pytest.raises(KeyboardInterrupt):
+        run(path, directory / "out", Told(until=after + 1))
+
+
+@pytest.mark.parametrize("steps", [6, 7])
+def test_fewer_tokens_than_are_done_are_refused(tmp_path: Path, steps: int) -> None:
+    interrupted(tmp_path, 20, after=7)
+    path = recipe(tmp_path, tokens=steps * 768)
+    with pytest.raises(ConfigError, match=f"tokens.*{7 * 768:,} are done"):
+        run(path, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("model-*"))
+
+
+def test_a_finished_recipe_returns_its_model_whatever_was_trained_since(tmp_path: Path) -> None:
+    short = run(recipe(tmp_path, tokens=4 * 768), tmp_path / "out")
+    run(recipe(tmp_path, tokens=6 * 768), tmp_path / "out")
+    assert run(recipe(tmp_path, tokens=4 * 768), tmp_path / "out") == short
+
+
+@pytest.mark.parametrize(
+    ("steps", "after", "later", "told"),
+    [
+        (20, 7, 20, False),
+        (20, 7, 30, False),
+        (20, 15, 20, False),
+        (20, 15, 30, True),
+        (20, 10, 12, True),
+    ],
+)
+def test_a_fall_that_begins_elsewhere_is_said(
+    tmp_path: Path, steps: int, after: int, later: int, told: bool
+) -> None:
+    interrupted(tmp_path, steps, after)
+    listener = Told()
+    run(recipe(tmp_path, tokens=later * 768), tmp_path / "out", listener)
+    assert any("its final fall begins elsewhere" in line for line in listener.lines) == told
+
+
 @pytest.mark.parametrize(
     ("changes", "cause"),
     [

@@ -83,6 +83,8 @@ class State:
     finished: bool = False
     train_sum: float = 0.0
     train_steps: int = 0
+    rate: float | None = None
+    """Factor on the peak learning rates at the last step; None before the first."""
     seconds: float = field(default=0.0, compare=False)
     """Wall time of all its steps, over every interruption; steps done again count once."""
 
@@ -119,6 +121,7 @@ class Loop(Generic[B]):
         plan: how long and how fast.
         directory: receives checkpoints and ``log.jsonl``; None keeps nothing.
         evaluate: figures now, ``loss`` among them, which chooses the best parameters.
+        resumed: is given where the run stood that is about to go on, and may refuse it.
         progress: is told every step.
 
     """
@@ -133,12 +136,13 @@ class Loop(Generic[B]):
         *,
         directory: Path | None = None,
         evaluate: Callable[[], Mapping[str, float]] | None = None,
+        resumed: Callable[[State], None] | None = None,
         progress: Progress | None = None,
     ) -> None:
         self._loss, self._batches, self._optimizers, self._plan = loss, batches, optimizers, plan
         self._model = model
         self._trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self._directory, self._evaluate = directory, evaluate
+        self._directory, self._evaluate, self._resumed = directory, evaluate, resumed
         self._progress: Progress = progress or Silent()
         self._best: dict[str, Tensor] = {}
         self._log: list[str] = []
@@ -184,7 +188,7 @@ class Loop(Generic[B]):
         self._record(step, total / weight, norm)
         speed = f"{sum(part.tokens for part in parts) / seconds:,.0f}"
         self._progress.advance(1, loss=f"{total / weight:.3f}", tokens_per_second=speed)
-        self.state.step = step + 1
+        self.state.step, self.state.rate = step + 1, self._plan.schedule(step)
         self.state.finished = self.state.step >= self._plan.steps
 
     def _update(self, step: int) -> float:
@@ -275,6 +279,8 @@ class Loop(Generic[B]):
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": dict(state), "param_groups": groups})
         self.state = State(**found.state)
+        if self._resumed:
+            self._resumed(self.state)
         # A plan may have become longer since.
         stopped_early = 0 < self._plan.patience <= self.state.waited
         self.state.finished = stopped_early or self.state.step >= self._plan.steps

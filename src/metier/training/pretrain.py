@@ -11,11 +11,9 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -33,10 +31,10 @@ from metier.training.forward import forward_of
 from metier.training.held_out import HeldOut, bits_per_byte, spaced_windows, token_bytes
 from metier.training.loop import Loop, Plan, State, trapezoid
 from metier.training.losses import linear_cross_entropy
+from metier.training.mixture import Mixture, Window
 from metier.training.optimizers import muon_and_adam
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
     from tokenizers import Tokenizer
     from transformers import LlamaForCausalLM
 
@@ -110,23 +108,6 @@ class PretrainConfig(Config):
         return self.micro_tokens * len(self.step_lengths)
 
 
-@dataclass(frozen=True)
-class Window:
-    """A micro-batch of windows: ids of shape (windows, 1 + length)."""
-
-    ids: Tensor
-
-    @property
-    def weight(self) -> float:
-        """Every token after the first is predicted."""
-        return float(self.ids[:, 1:].numel())
-
-    @property
-    def tokens(self) -> int:
-        """Tokens in it."""
-        return self.ids[:, 1:].numel()
-
-
 def pretrain(
     config: PretrainConfig,
     base: Path,
@@ -161,10 +142,14 @@ def pretrain(
         files = {source.name: stream.file_hashes(source, root) for source in config.sources}
         tokenizer_dir = _tokenizer_stage(run, config, root, files, listener)
         tokens_dir = _tokens_stage(run, config, root, files, tokenizer_dir, listener)
-        model = _new_model(config, device)
-        state = _train(run, config, model, tokenizer_dir, tokens_dir, dtype, listener)
         about = {"config": config.model_dump(mode="json"), "tokens": str(tokens_dir.name)}
-        return run.stage("model", about, lambda d: _export(d, model, state, tokenizer_dir, config))
+
+        def make(directory: Path) -> None:
+            model = _new_model(config, device)
+            state = _train(run, config, model, tokenizer_dir, tokens_dir, dtype, listener)
+            _export(directory, model, state, tokenizer_dir, config)
+
+        return run.stage("model", about, make)
 
 
 def _check(config: PretrainConfig, root: Path) -> None:
@@ -322,45 +307,6 @@ def _encoder(tokenizer: Tokenizer) -> Callable[[list[str]], list[list[int]]]:
     return encode
 
 
-class _Mix:
-    """The micro-batches of a step: windows of several lengths over the weighted corpus."""
-
-    def __init__(self, config: PretrainConfig, tokens_dir: Path, tokenizer: Tokenizer) -> None:
-        files = [
-            (stream.TokenFile(_token_path(tokens_dir, source, held_out=False)), source.weight)
-            for source in config.sources
-        ]
-        self._lengths, self._micro = config.step_lengths, config.micro_tokens
-        self._windows = {
-            length: stream.Windows(
-                files, length=length, seed=config.seed, bos=_BOS, breaks=_breaks(tokenizer)
-            )
-            for length in set(config.step_lengths)
-        }
-
-    def step(self, index: int) -> list[Window]:
-        """Micro-batches of step `index`."""
-        done = {
-            length: index * self._lengths.count(length) * (self._micro // length)
-            for length in self._windows
-        }
-        batches = []
-        for length in self._lengths:
-            count = self._micro // length
-            rows = [self._windows[length][done[length] + i] for i in range(count)]
-            done[length] += count
-            batches.append(Window(torch.from_numpy(np.stack(rows))))
-        return batches
-
-
-def _breaks(tokenizer: Tokenizer) -> NDArray[Any]:
-    """Tokens after which a paragraph may begin: those that end a line, and BOS."""
-    found = np.zeros(tokenizer.get_vocab_size(), dtype=bool)
-    for token in range(len(found)):
-        found[token] = token == _BOS or tokenizer.decode([token]).endswith("\n")
-    return found
-
-
 def _train(
     run: runs.Run,
     config: PretrainConfig,
@@ -385,14 +331,46 @@ def _train(
     loop = Loop(
         model,
         loss,
-        _Mix(config, tokens_dir, tokenizer),
+        _mixture(config, tokens_dir, tokenizer),
         muon_and_adam(model, config.learning_rate, config.weight_decay),
         plan,
         directory=run.path / f"training-{_recipe_key(config, tokens_dir)}",
         evaluate=(lambda: _evaluate(loss, held_out, progress)) if held_out else None,
+        resumed=lambda state: _check_resumed(state, plan, config, progress),
         progress=progress,
     )
     return loop.run()
+
+
+def _check_resumed(state: State, plan: Plan, config: PretrainConfig, progress: Progress) -> None:
+    """Refuse steps beyond the plan, and say where the learning rates do not meet.
+
+    Raises:
+        ConfigError: the plan would end before its learning rate has fallen.
+
+    """
+    if state.step > plan.steps or (state.step == plan.steps and not state.finished):
+        raise ConfigError(
+            "tokens",
+            f"is {config.tokens:,}, but {state.step * config.step_tokens:,} are done, at a "
+            "learning rate that was to fall to zero later",
+            "give as many as before or more, or another output directory",
+        )
+    planned = plan.schedule(state.step - 1)
+    if state.rate is not None and not math.isclose(state.rate, planned):
+        progress.say(
+            f"the learning rate was at {state.rate:.0%} of its peak and is now at {planned:.0%}: "
+            "with other tokens its final fall begins elsewhere, so the model is not the one "
+            "that a run with these tokens from the start would give"
+        )
+
+
+def _mixture(config: PretrainConfig, tokens_dir: Path, tokenizer: Tokenizer) -> Mixture:
+    files = [
+        (stream.TokenFile(_token_path(tokens_dir, source, held_out=False)), source.weight)
+        for source in config.sources
+    ]
+    return Mixture(files, config.step_lengths, config.micro_tokens, config.seed, tokenizer, _BOS)
 
 
 def _next_token_loss(
