@@ -12,7 +12,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, NamedTuple
@@ -287,7 +287,7 @@ class Windows:
 
     def __init__(
         self,
-        files: list[tuple[TokenFile, float]],
+        files: Sequence[tuple[TokenFile, float]],
         *,
         length: int,
         seed: int,

@@ -76,10 +76,11 @@ def run(
     _check_reference(task)
     progress.stage("read and split the data")
     bench = open_workbench(task, task_file.parent)
-    with Run(out) as directory:
-        experiment = Experiment(bench, directory, progress)
-        estimate = planning.plan(bench, progress, experiment.made())
-        planning.hold(estimate, task.budget if budget is None else budget)
+    directory = Run(out)
+    experiment = Experiment(bench, directory, progress)
+    estimate = planning.plan(bench, progress, experiment.made())
+    planning.hold(estimate, task.budget if budget is None else budget)
+    with directory:
         candidates = experiment.make_all()
         openings = experiment.open_test(candidates)
         for candidate in candidates:
@@ -125,9 +126,9 @@ def train_one(
     if not arm.tuned:
         raise ConfigError(f"arm '{arm.name}'", "is not trained", f"use {', '.join(TUNED_METHODS)}")
     bench = open_workbench(task, task_file.parent)
+    estimate = planning.plan_training(bench, progress)
+    planning.hold(estimate, task.budget if budget is None else budget)
     with Run(out) as directory:
-        estimate = planning.plan_training(bench, progress)
-        planning.hold(estimate, task.budget if budget is None else budget)
         return Experiment(bench, directory, progress).make(arm, task.training.seeds[0])
 
 
@@ -140,6 +141,8 @@ class Experiment:
 
     def made(self) -> set[str]:
         """Names of the arms that an earlier start has made."""
+        if not self._run.path.exists():
+            return set()
         return {
             arm.name
             for arm in all_arms(self._bench)
