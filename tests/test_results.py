@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from tests.scripts import load_script
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "results.md"
@@ -17,12 +18,7 @@ CARD = ROOT / "src" / "metier" / "model" / "starter" / "README.md"
 
 @pytest.fixture(scope="module")
 def verdicts() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("verdicts", ROOT / "benchmarks" / "verdicts.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(ROOT / "benchmarks" / "verdicts.py")
 
 
 def test_the_table_of_verdicts_is_that_of_the_files(verdicts: ModuleType) -> None:

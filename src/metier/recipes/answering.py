@@ -15,12 +15,12 @@ from typing import Any, BinaryIO
 from metier import runs
 from metier.config import Config
 from metier.data.sources import read_examples
-from metier.errors import ConfigError, RequestError, RunError
+from metier.errors import RequestError, RunError
 from metier.evaluation import arms
 from metier.model.generate import Engine
 from metier.progress import Progress
 from metier.recipes import making, workbench
-from metier.recipes.experiment import read_verdict
+from metier.recipes.experiment import read_file, read_verdict
 from metier.records import Chat, Completion, Example, Generator
 from metier.task import Arm, Task
 
@@ -132,7 +132,7 @@ def load_specialist(run: Path, arm: str | None) -> Specialist:
     """
     verdict = read_verdict(run)
     wanted = arm or verdict.arm
-    index = _read_index(run / "arms.json")
+    index = read_file(_Index, run / "arms.json", "run 'metier run' again: it writes this anew")
     if wanted not in index.arms:
         raise RunError(str(run), f"has no arm '{wanted}'", f"choose from {', '.join(index.arms)}")
     found = index.arms[wanted]
@@ -158,16 +158,6 @@ class _Index(Config):
 
     data: str
     arms: dict[str, _Made]
-
-
-def _read_index(path: Path) -> _Index:
-    remedy = "run 'metier run' again: it writes this anew"
-    try:
-        return _Index.parse(json.loads(path.read_text("utf-8")), str(path))
-    except (OSError, ValueError) as error:
-        raise RunError(str(path), f"cannot be read ({error})", remedy) from None
-    except ConfigError as error:
-        raise RunError(error.place, error.cause, remedy) from None
 
 
 def predict(run: Path, file: Path, out: Path | None, arm: str | None, progress: Progress) -> Path:

@@ -13,11 +13,12 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from metier import runs
+from metier.config import Config
 from metier.data.ledger import open_test
 from metier.errors import ConfigError, RunError
 from metier.evaluation import forgetting, runner
@@ -36,6 +37,7 @@ from metier.runs import Run, fingerprint
 from metier.task import SIMPLER_METHODS, TUNED_METHODS, Arm, Task
 
 _LATENCY_CHATS = 12
+C = TypeVar("C", bound=Config)
 
 
 @dataclass
@@ -429,10 +431,18 @@ def read_verdict(run_directory: Path) -> Verdict:
         RunError: there is none.
 
     """
-    path = run_directory / "verdict.json"
-    remedy = "run 'metier run' to its end first"
+    return read_file(Verdict, run_directory / "verdict.json", "run 'metier run' to its end first")
+
+
+def read_file(kind: type[C], path: Path, remedy: str) -> C:
+    """Read a JSON file that `Experiment.publish` wrote.
+
+    Raises:
+        RunError: it is missing or damaged; `remedy` says what to do then.
+
+    """
     try:
-        return Verdict.parse(json.loads(path.read_text("utf-8")), str(path))
+        return kind.parse(json.loads(path.read_text("utf-8")), str(path))
     except (OSError, ValueError) as error:
         raise RunError(str(path), f"cannot be read ({error})", remedy) from None
     except ConfigError as error:
