@@ -261,6 +261,29 @@ def test_stop_strings_and_length_end_a_stream(base: Base, renderer: Renderer) ->
     assert whole.startswith(cut.text)
 
 
+def test_stop_strings_end_a_batch_as_they_end_a_stream(base: Base, renderer: Renderer) -> None:
+    engine = Engine(base.model, renderer, 30)
+    whole = engine.generate(CHATS)
+    engine.stop = (whole[0].text[10:14], ". ")
+    answers = engine.generate(CHATS)
+    assert answers == [finish(engine.stream(chat, stop=engine.stop))[1] for chat in CHATS]
+    assert all(long.text.startswith(short.text) for long, short in zip(whole, answers, strict=True))
+    assert 0 < sum(answer.finished for answer in answers)
+    written = sum(answer.completion_tokens for answer in answers)
+    assert written < sum(answer.completion_tokens for answer in whole), "nobody waits for the rest"
+
+
+@pytest.mark.parametrize("space", ["", "\n", " \n\n"])
+def test_white_space_before_an_answer_is_no_stop(
+    base: Base, renderer: Renderer, space: str
+) -> None:
+    engine = Engine(base.model, renderer, 30)
+    engine.stop = ("\n",)
+    encode = renderer.tokenizer.encode
+    assert not engine._reached(encode(f"{space}a word", "text"))
+    assert engine._reached(encode(f"{space}a word\n", "text"))
+
+
 def test_a_suspended_stream_leaves_no_mode_behind(base: Base, renderer: Renderer) -> None:
     stream: Iterator[str] = Engine(base.model, renderer, 30).stream(CHATS[0])
     next(stream)

@@ -18,6 +18,7 @@ from metier.evaluation.wording import Wording, with_content
 from metier.graders.base import Grader
 from metier.records import Chat, Completion, Example, Generator, Message, last_user_text
 from metier.retrieval.index import Index
+from metier.text.pieces import before
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -240,11 +241,8 @@ class Composed:
 
 def ended(answer: Completion, stop: Sequence[str]) -> Completion:
     """An answer up to the first of some texts; one that has reached it is finished."""
-    text = answer.text.strip()
-    ends = [text.find(one) for one in stop if one in text]
-    if not ends:
-        return replace(answer, text=text)
-    return replace(answer, text=text[: min(ends)].rstrip(), finished=True)
+    text, stopped = before(answer.text, stop)
+    return replace(answer, text=text, finished=answer.finished or stopped)
 
 
 class Likelihood:

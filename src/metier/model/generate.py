@@ -6,7 +6,7 @@ batch. How rows are read and written is in decoder.py.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ from metier.model.decoder import (
     repeated,
 )
 from metier.records import Chat, Completion
-from metier.text.pieces import Pieces
+from metier.text.pieces import Pieces, before
 from metier.text.template import Renderer
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ class Engine:
         renderer: chat to ids and ids to answer.
         max_new_tokens: longest answer in tokens, its stop token included.
         batch_tokens: tokens (prompts, padding and answers) that one batch may hold.
+        stop: strings that end an answer of `generate` and are not part of it.
         context: longest sequence the model can read, or None where it names no limit.
 
     """
@@ -61,6 +62,7 @@ class Engine:
         self.renderer = renderer
         self.max_new_tokens = max_new_tokens
         self.batch_tokens = batch_tokens
+        self.stop: tuple[str, ...] = ()
         self._plain = has_plain_cache(model)
         config: Any = model.config
         limit = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -79,16 +81,16 @@ class Engine:
         written = self.generate_ids(prompts)
         return [
             Completion(
-                text=self.renderer.answer(ids),
+                text=before(self.renderer.answer(ids), self.stop)[0],
                 prompt_tokens=len(prompt),
                 completion_tokens=len(ids),
-                finished=bool(ids) and ids[-1] in self.renderer.stop_ids,
+                finished=ids[-1] in self.renderer.stop_ids or self._reached(ids),
             )
             for prompt, ids in zip(prompts, written, strict=True)
         ]
 
     def generate_ids(self, prompts: Sequence[Ids]) -> list[list[int]]:
-        """Greedy continuations of prompts, each with its stop token unless it was cut.
+        """Greedy continuations of prompts, each with its stop unless it was cut.
 
         Raises:
             ModelError: a prompt is empty or leaves no room for `max_new_tokens`.
@@ -113,7 +115,6 @@ class Engine:
         top_p: float = 1.0,
         seed: int | None = None,
         stop: Sequence[str] = (),
-        tools: Sequence[Mapping[str, Any]] = (),
     ) -> Generator[str, None, Completion]:
         """One answer piece by piece; the pieces joined are the whole answer, stripped.
 
@@ -125,7 +126,6 @@ class Engine:
                 (nucleus sampling, Holtzman et al. 2019, arXiv 1904.09751).
             seed: makes a drawn answer repeatable.
             stop: strings that end the answer and are not part of it.
-            tools: tool schemas offered to the model.
 
         Returns:
             The whole Completion, as the generator's return value.
@@ -135,7 +135,7 @@ class Engine:
             ModelError: the prompt leaves no room in the model's context.
 
         """
-        prompt = self.renderer.prompt(chat, tools)
+        prompt = self.renderer.prompt(chat)
         limit = max_new_tokens or self.max_new_tokens
         self._check_room(len(prompt), limit, "prompt")
         draw = _Draw(temperature, top_p, seed)
@@ -210,6 +210,9 @@ class Engine:
             tokens = decoder.logits.argmax(-1)
             written[rows, step] = tokens
             stopped = torch.isin(tokens, self._stops) & alive[rows]
+            if self.stop:
+                texts = [self._reached(ids) for ids in written[rows, : step + 1].tolist()]
+                stopped |= torch.tensor(texts, device=device) & alive[rows]
             lengths[rows[stopped]] = step + 1
             alive[rows[stopped]] = False
             left = int(alive.sum())
@@ -223,6 +226,13 @@ class Engine:
         return [
             ids[:length] for ids, length in zip(written.tolist(), lengths.tolist(), strict=True)
         ]
+
+    def _reached(self, ids: Ids) -> bool:
+        """Whether the last of an answer's ids brought a stop string into it, or an earlier one."""
+        decode = self.renderer.tokenizer.decode
+        # Each of its bytes is at most one token: most answers need no more than this look.
+        tail = decode(ids[-max((len(text.encode()) for text in self.stop), default=0) - 1 :])
+        return any(text in tail for text in self.stop) and before(decode(ids), self.stop)[1]
 
     def _tokens(self, prompt: Ids, limit: int, draw: _Draw) -> Iterator[int]:
         decoder = Decoder(self.model, [prompt], limit, self.renderer.tokenizer.pad_id)

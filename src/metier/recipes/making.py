@@ -315,6 +315,7 @@ def _composed(bench: Workbench, arm: Arm, engine: Engine, phrasing: str) -> Buil
         inner = WithinContext(engine, fits)
     until = "" if arm.tuned else engine.renderer.next_turn
     generator = arms.Composed(inner, compose, bench.task.kind == "classification", until)
+    engine.stop = generator.stop
     return Built(
         generator,
         engine,

@@ -7,12 +7,21 @@ from collections.abc import Sequence
 from metier.text.tokenizer import Tokenizer
 
 
+def before(text: str, stop: Sequence[str]) -> tuple[str, bool]:
+    """The stripped text up to the first of some stop strings, and whether one is in it.
+
+    White space before the text is dropped before stop strings are looked for.
+    """
+    text = text.lstrip()
+    ends = [text.find(one) for one in stop if one in text]
+    return text[: min(ends, default=len(text))].rstrip(), bool(ends)
+
+
 class Pieces:
     """Turns one answer's ids into text pieces whose concatenation is the stripped answer.
 
     A piece never ends in half a character. Trailing white space, and text that may turn out to
-    be the start of a stop string, is held back until more is known. White space before the answer
-    is dropped before stop strings are looked for.
+    be the start of a stop string, is held back until more is known.
 
     Attributes:
         stopped: a stop string was found; it and what follows it are not part of the text.
@@ -44,10 +53,8 @@ class Pieces:
 
     def text(self) -> str:
         """The whole stripped answer so far, without a stop string."""
-        text = self._tokenizer.decode(self._ids).lstrip()
-        ends = [text.find(stop) for stop in self._stop if stop in text]
-        self.stopped = bool(ends)
-        return text[: min(ends, default=len(text))].rstrip()
+        text, self.stopped = before(self._tokenizer.decode(self._ids), self._stop)
+        return text
 
     def _certain(self, text: str) -> int:
         """Length of the text that later ids cannot change."""
