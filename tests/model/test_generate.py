@@ -268,7 +268,7 @@ def test_stop_strings_end_a_batch_as_they_end_a_stream(base: Base, renderer: Ren
     answers = engine.generate(CHATS)
     assert answers == [finish(engine.stream(chat, stop=engine.stop))[1] for chat in CHATS]
     assert all(long.text.startswith(short.text) for long, short in zip(whole, answers, strict=True))
-    assert 0 < sum(answer.finished for answer in answers)
+    assert any(answer.finished for answer in answers)
     written = sum(answer.completion_tokens for answer in answers)
     assert written < sum(answer.completion_tokens for answer in whole), "nobody waits for the rest"
 
