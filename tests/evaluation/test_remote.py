@@ -136,6 +136,26 @@ def test_no_other_secret_of_the_environment_is_sent(
     assert stub.headers[0]["authorization"] == f"Bearer {KEY}"
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"message": "too many tokens", "code": "context_length_exceeded", "param": "messages"},
+        {"message": "This model's maximum context length is 4096 tokens.", "code": 400},
+    ],
+)
+def test_a_request_that_does_not_fit_costs_only_its_own_answer(
+    serve: Callable[..., Stub], said: dict[str, Any]
+) -> None:
+    def respond(body: dict[str, Any]) -> Reply:
+        return _error(400, **said) if body["messages"][0]["content"] == "1" else _completion("x")
+
+    arm = RemoteGenerator(_remote(serve(respond)), 16)
+    first, refused, last = arm.generate(_chats(3))
+    assert refused == Completion("", finished=False, refused=True)
+    assert (first.text, last.text) == ("x", "x")
+    assert "longer than the endpoint's context" in arm.notes()[0]
+
+
 def test_an_answer_cut_at_the_limit_is_marked(serve: Callable[..., Stub]) -> None:
     stub = serve(lambda _: _completion("x", finish="length"))
     assert RemoteGenerator(_remote(stub), 1).generate(_chats(1))[0].finished is False

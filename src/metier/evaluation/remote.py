@@ -19,7 +19,7 @@ from metier.task import Remote
 
 if TYPE_CHECKING:
     import httpx2
-    from openai import APIError, APIStatusError, OpenAI
+    from openai import APIError, APIStatusError, BadRequestError, OpenAI
     from openai.types.chat import ChatCompletion
 
 _AT_ONCE = 4
@@ -31,6 +31,10 @@ _HEADERS = {
     "accept", "accept-encoding", "connection", "content-length", "content-type", "host",
     "user-agent",
 }  # fmt: skip
+_TOO_LONG = (
+    "some requests are longer than the endpoint's context: they were answered with nothing and "
+    "count as wrong"
+)
 _LATER = "try again later; what is finished is kept"
 
 
@@ -58,7 +62,7 @@ class RemoteGenerator:
         self._notes: dict[str, None] = {}
 
     def generate(self, chats: Sequence[Chat]) -> list[Completion]:
-        """Answer each chat.
+        """Answer each chat; one that does not fit the endpoint's context gets an empty answer.
 
         Raises:
             RemoteError: the endpoint refused, failed for good, or answered nonsense.
@@ -82,6 +86,9 @@ class RemoteGenerator:
             try:
                 return self._completion(self._ask(chat, sampling))
             except BadRequestError as error:
+                if _is_too_long(error):
+                    self._notes[_TOO_LONG] = None
+                    return Completion("", finished=False, refused=True)
                 if error.param not in sampling:
                     raise self._explain(error) from None
                 self._adapt(sampling, error.param)
@@ -158,6 +165,11 @@ class RemoteGenerator:
         """What an error says, on one line, without the key."""
         text = " ".join(str(words).replace(self._key, "***").split())
         return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
+
+
+def _is_too_long(error: BadRequestError) -> bool:
+    """OpenAI's code for it, or the words in which most other servers say it."""
+    return error.code == "context_length_exceeded" or "maximum context length" in error.message
 
 
 def _key(remote: Remote) -> str:
