@@ -57,7 +57,7 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_directory(path.parent)
+    sync_directory(path.parent)
 
 
 @contextlib.contextmanager
@@ -104,7 +104,7 @@ def publish(path: Path, about: Mapping[str, Any] | None = None) -> Iterator[Path
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _sync_directory(path.parent)
+    sync_directory(path.parent)
 
 
 def _seal(directory: Path, about: Mapping[str, Any]) -> None:
@@ -119,7 +119,7 @@ def _seal(directory: Path, about: Mapping[str, Any]) -> None:
         directory / MANIFEST, json.dumps(manifest | dict(about), indent=1, ensure_ascii=False)
     )
     for folder in {file.parent for file in files} | {directory}:
-        _sync_directory(folder)
+        sync_directory(folder)
 
 
 def verify(path: Path) -> dict[str, Any]:
@@ -144,7 +144,8 @@ def verify(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
+    """Make what was written or renamed in a directory outlive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

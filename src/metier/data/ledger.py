@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from metier.errors import DataError
+from metier.runs import sync_directory
 
 
 def ledger_path(task_dir: Path, name: str) -> Path:
@@ -58,14 +59,6 @@ def open_test(task_dir: Path, name: str, test_fingerprint: str, reason: str) -> 
         handle.write(start + json.dumps(entry, ensure_ascii=False).encode() + b"\n")
         handle.flush()
         os.fsync(handle.fileno())
-    _sync(task_dir)
+    sync_directory(task_dir)
     # Counted by its fingerprint, an opening counts even where a crash tore its line.
     return 1 + sum(test_fingerprint.encode() in line for line in content.splitlines())
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
