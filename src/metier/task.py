@@ -6,7 +6,6 @@ except `name`, `kind` and `data`.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -290,8 +289,6 @@ class Task(Config):
                 raise ValueError(f"the arm '{arm.name}': only lora and full can carry a head")
             if arm.method == "remote" and self.remote is None:
                 raise ValueError("the arm 'remote' needs the section 'remote'")
-        if math.isnan(self.budget):
-            raise ValueError("budget is not a number")
         return self
 
     def bases(self) -> tuple[str, ...]:

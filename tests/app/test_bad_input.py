@@ -170,6 +170,7 @@ FIELDS = {
     "seed too large": Bad({"training": {"seeds": [10**30]}}, "training.seeds", "less than"),
     "margin out of range": Bad({"margin": 1.5}, "margin", "less than 1"),
     "margin is NaN": Bad({"margin": float("nan")}, "margin", "."),
+    "budget is NaN": Bad({"budget": float("nan")}, "budget", "."),
     "split leaves nothing": Bad({"split": {"test": 0.6, "validation": 0.5}}, "split", "nothing"),
     "budget of zero": Bad({"budget": 0}, "budget", "greater than 0"),
     "unknown arm": Bad({"arms": ["lorra"]}, "arms", "'lorra' is no arm"),
