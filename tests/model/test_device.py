@@ -1,8 +1,5 @@
 from __future__ import annotations
 
-import random
-
-import numpy as np
 import pytest
 import torch
 
@@ -42,21 +39,10 @@ def test_bfloat16_only_where_the_processor_has_it(
 def test_this_processors_flags_are_read() -> None:
     """Oracle: PyTorch's own look at the processor."""
     flags = device.processor_flags()
-    if flags:
-        assert ("avx2" in flags) == torch.cpu._is_avx2_supported()
-        assert ("avx512_bf16" in flags) == torch.cpu._is_avx512_bf16_supported()
-
-
-def test_a_seed_repeats_every_draw() -> None:
-    def draw() -> tuple[float, float, float]:
-        return random.random(), float(np.random.rand()), float(torch.rand(1))
-
-    device.set_seed(5)
-    first = draw()
-    device.set_seed(5)
-    assert draw() == first
-    device.set_seed(6)
-    assert all(a != b for a, b in zip(draw(), first, strict=True))
+    if not flags:
+        pytest.skip("this system does not tell the processor's flags")
+    assert ("avx2" in flags) == torch.cpu._is_avx2_supported()
+    assert ("avx512_bf16" in flags) == torch.cpu._is_avx512_bf16_supported()
 
 
 def test_threads_follow_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

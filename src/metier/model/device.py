@@ -1,13 +1,11 @@
-"""Device, number format, seed and threads: chosen in one place."""
+"""Device, number format and threads: chosen in one place."""
 
 from __future__ import annotations
 
 import os
 import platform
-import random
 from pathlib import Path
 
-import numpy as np
 import psutil
 import torch
 
@@ -59,13 +57,6 @@ def processor_flags() -> frozenset[str]:
         if name.strip().lower() in ("flags", "features"):
             return frozenset(flags.split())
     return frozenset()
-
-
-def set_seed(seed: int) -> None:
-    """Seed every global random source: Python, NumPy and PyTorch on all devices."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
 
 
 def set_threads() -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 from metier.evaluation.schema import CurvePoint
 from metier.model.adapters import add_lora, save_adapter
-from metier.model.device import compute_dtype, set_seed
+from metier.model.device import compute_dtype
 from metier.model.head import Classifier, save_head
 from metier.model.load import Base, load_base
 from metier.model.memory import PeakMemory
@@ -72,7 +72,6 @@ def tune(
         base = load_base(arm.base or bench.task.bases()[0], dtype=_weights_dtype(arm))
         rows = making.prepare(bench, arm, making.make_engine(bench, base, base.model))
         progress.say(f"{arm.name} is trained on the text between ⟦ and ⟧:\n{rows[0].sample}")
-        set_seed(seed)
         model = _trainable(bench, arm, base, seed)
         progress.stage(f"train {arm.name}, seed {seed}", _steps(bench, rows[0]))
         state = _fit(bench, arm, base, model, rows, seed, scratch, progress)
