@@ -53,10 +53,16 @@ CHANGES: dict[str, Change] = {
     "template": of_task(template="question-answer"),
     "max_new_tokens": of_task(max_new_tokens=7),
     "grader": of_task(grader="rouge_l"),
+    "max_length": of_training(max_length=64),
     "shots": of_task(retrieval=Retrieval(shots=2)),
     "epochs": of_training(epochs=3),
     "rank": of_training(lora=Lora(rank=4)),
     "remote": of_task(remote=Remote(base_url="http://127.0.0.1:1/v1", model="other")),
+    "prices": lambda bench: of_task(
+        remote=bench.task.remote.model_copy(
+            update={"input_price": 2.0, "output_price": 8.0, "api_key_env": "OTHER_KEY"}
+        )
+    )(bench),
     "labels": lambda bench: dataclasses.replace(bench, labels=(*bench.labels, "tool")),
     "documents": lambda bench: dataclasses.replace(bench, passages=("A dog barks.",)),
     "training row": other_answer("train"),
@@ -71,24 +77,25 @@ CHANGES: dict[str, Change] = {
 }
 ROWS = {"training row", "validation row"}
 BASE = {"base", "template"}
-ASKED = {"instruction", "good", "bad", "kind", "max_new_tokens", "grader", "labels"}
+LENGTH = {"max_new_tokens", "max_length", "labels"}
+ASKED = {"instruction", "good", "bad", "kind", "grader"} | LENGTH
 PROMPT = ROWS | BASE | ASKED | {"what a grader reads"}
 FEW_SHOT = PROMPT | {"shots"}
-LORA = ROWS | BASE | {"epochs", "rank"}
+LORA = ROWS | BASE | {"epochs", "rank", "max_length"}
 MAKING = {
     "prompt": PROMPT,
     "prompt/likelihood": PROMPT,
     "few-shot": FEW_SHOT,
     "rag": FEW_SHOT | {"documents"},
-    "remote": (PROMPT - BASE) | {"remote"},
+    "remote": (PROMPT - BASE - {"max_length"}) | {"remote"},
     "classical": ROWS,
     "lora": LORA,
     "lora/head": LORA | {"labels"},
     "full": LORA - {"rank"},
     "full/head": (LORA - {"rank"}) | {"labels"},
-    "lora+rag": LORA | {"shots", "documents", "max_new_tokens", "labels"},
+    "lora+rag": LORA | LENGTH | {"shots", "documents"},
 }
-ANSWERED = {"kind", "max_new_tokens", "labels"}
+ANSWERED = {"kind"} | LENGTH
 GRADED = {"grader", "validation row", "what a grader reads"}
 
 
@@ -97,7 +104,8 @@ def bench(tmp_path: Path, stories260k: Path) -> Workbench:
     shutil.copytree(stories260k, tmp_path / "base")
     for file in (tmp_path / "base").iterdir():
         file.chmod(0o644)
-    task = write_task(tmp_path, tmp_path / "base", remote={"base_url": "http://a/v1", "model": "m"})
+    remote = {"base_url": "http://a/v1", "model": "m"}
+    task = write_task(tmp_path, tmp_path / "base", remote=remote, max_new_tokens=None)
     return open_workbench(read_task(task), tmp_path)
 
 
@@ -125,11 +133,16 @@ def test_answers_are_given_anew_by_what_is_read_when_an_arm_is_built(
 ) -> None:
     made = Path("arm-made-of-all-the-rest")
     arm = Arm.of(name)
-    expected = set() if name == "classical" else ANSWERED
+    expected = {"classical": set(), "remote": ANSWERED - {"max_length"}}.get(name, ANSWERED)
     assert changed_by(bench, lambda b: Keys(b).cost(arm, made)) == expected
     found = changed_by(bench, lambda b: Keys(b).answers(arm, made, b.parts.validation))
     assert found == expected | GRADED | {"kind"}, "the kind decides what auto grades by"
     assert Keys(bench).answers(arm, Path("other"), ()) != Keys(bench).answers(arm, made, ())
+
+
+def test_a_length_that_is_set_is_found_from_nothing_else(bench: Workbench) -> None:
+    bench = of_task(max_new_tokens=6)(bench)
+    assert "max_length" not in changed_by(bench, lambda b: Keys(b).making(Arm.of("rag")))
 
 
 def test_what_a_base_knows_depends_on_no_template(bench: Workbench) -> None:
@@ -154,7 +167,8 @@ def test_arms_without_a_base_need_none(bench: Workbench) -> None:
 
 def test_a_task_that_was_moved_keeps_its_answers(bench: Workbench, tmp_path: Path) -> None:
     (tmp_path / "moved").mkdir()
-    task = write_task(tmp_path / "moved", tmp_path / "base", remote=bench.task.remote.model_dump())
+    remote = bench.task.remote.model_dump()
+    task = write_task(tmp_path / "moved", tmp_path / "base", remote=remote, max_new_tokens=None)
     moved = open_workbench(read_task(task), tmp_path / "moved")
     for name in ("prompt", "lora"):
         arm = Arm.of(name)

@@ -76,7 +76,7 @@ class Keys:
         """
         if arm.method == "classical":
             return {"arm": directory.name}
-        return {"arm": directory.name, "kind": self._bench.task.kind, **self._length()}
+        return {"arm": directory.name, "kind": self._bench.task.kind, **self._length(arm)}
 
     def ability(self, arm: Arm, directory: Path | None) -> Inputs:
         """Of what a tuned arm knows, or its base, which is measured without a template."""
@@ -100,15 +100,18 @@ class Keys:
         return found | {"labels": self._bench.labels} if arm.mode == "head" else found
 
     def _asking(self, arm: Arm) -> Inputs:
-        """A prompted arm chooses its wording by the grades of answers to the validation part."""
+        """A prompted arm chooses its wording by the grades of answers to the validation part.
+
+        Of an endpoint only what answers counts: what it costs and which key opens it do not.
+        """
         task = self._bench.task
-        remote = task.remote.model_dump(mode="json") if task.remote else None
+        remote = task.remote.model_dump(include={"base_url", "model"}) if task.remote else None
         return {
             "wording": task.model_dump(mode="json", include={"kind", "instruction", "good", "bad"}),
             "grader": self._bench.grader.identity,
             "graded": _rows(self._bench.parts.validation),
             "remote": remote if arm.method == "remote" else None,
-            **self._length(),
+            **self._length(arm),
         }
 
     def _looking_up(self, arm: Arm) -> Inputs:
@@ -118,11 +121,18 @@ class Keys:
         found: Inputs = {"retrieval": self._bench.task.retrieval.model_dump(mode="json")}
         if arm.method != "few-shot":
             found["passages"] = fingerprint(self._bench.passages)
-        return found | self._length()
+        return found | self._length(arm)
 
-    def _length(self) -> Inputs:
-        """What the longest answer is found from, besides the training answers."""
-        return {"max_new_tokens": self._bench.task.max_new_tokens, "labels": self._bench.labels}
+    def _length(self, arm: Arm) -> Inputs:
+        """What the longest answer is found from, besides the training answers.
+
+        Where it is found by a tokenizer, answers too long to be trained on do not count.
+        """
+        task = self._bench.task
+        found: Inputs = {"max_new_tokens": task.max_new_tokens, "labels": self._bench.labels}
+        if task.max_new_tokens is None and arm.method != "remote":
+            found["max_length"] = task.training.max_length
+        return found
 
     def _base(self, arm: Arm) -> dict[str, str]:
         """What decides a base's answers: its weights, and how text and chats become ids."""
