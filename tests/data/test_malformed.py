@@ -15,6 +15,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from metier.data import files
 from metier.data.files import MAX_ROW
 from metier.data.sources import read_examples
 from metier.errors import DataError
@@ -89,6 +90,9 @@ CASES = {
     ),
     "cell too long": Case(
         "a.csv", b'text,label\n"' + (b"a" * 999 + b"\n") * 10_001, 2, "longer than 10,000,000"
+    ),
+    "row of a JSON list too long": Case(
+        "a.json", b'[{"text": "' + b"a" * MAX_ROW + b'"}]', 1, "longer than 10,000,000"
     ),
     # Names and containers.
     "unknown extension": Case("a.xlsx", b"x", 0, "unknown extension"),
@@ -305,6 +309,18 @@ def test_unreadable_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(Path, "open", denied)
     with pytest.raises(DataError, match="cannot be opened"):
         read_examples("a.csv", "classification", tmp_path)
+
+
+@pytest.mark.parametrize("indent", [None, 1], ids=["one line", "many lines"])
+def test_a_document_too_large_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, indent: int | None
+) -> None:
+    monkeypatch.setattr(files, "_MAX_DOCUMENT", 1000)
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"text": "a", "label": "x"}] * 100, indent=indent))
+    with pytest.raises(DataError, match="more than 1,000 bytes") as caught:
+        read_examples("a.json", "classification", tmp_path)
+    assert caught.value.place == str(path)
 
 
 def test_unknown_builtin_is_refused_with_the_close_one(tmp_path: Path) -> None:

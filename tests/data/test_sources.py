@@ -17,6 +17,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from metier.data.files import MAX_ROW
 from metier.data.sources import read_examples
 from metier.errors import DataError
 from metier.records import Example
@@ -94,6 +95,11 @@ def test_source_names_file_and_line(tmp_path: Path) -> None:
     expected = {"jsonl": [1, 2, 3], "json": [2, 6, 10], "csv": [2, 3, 5], "parquet": [1, 2, 3]}
     for suffix, numbers in expected.items():
         assert sources[suffix] == [f"{tmp_path}/rows.{suffix}:{n}" for n in numbers]
+
+
+def test_a_json_list_on_one_line_may_be_longer_than_a_row(tmp_path: Path) -> None:
+    rows = [{"text": sign * (MAX_ROW // 2), "label": "x"} for sign in "abc"]
+    assert len(read(tmp_path, "rows.json", json.dumps(rows).encode())) == 3
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv"])

@@ -172,7 +172,7 @@ class _ZstdReader(io.RawIOBase):
 def _reader(path: Path, suffix: str, handle: BinaryIO) -> Iterator[Row]:
     if suffix == ".parquet":
         return _parquet(path, handle)
-    lines = text_lines(path, handle)
+    lines = text_lines(path, handle, document=suffix == ".json")
     if suffix == ".jsonl":
         return _json_lines(path, lines)
     if suffix == ".json":
@@ -180,16 +180,20 @@ def _reader(path: Path, suffix: str, handle: BinaryIO) -> Iterator[Row]:
     return _table(path, lines, "," if suffix == ".csv" else "\t")
 
 
-def text_lines(path: Path, handle: BinaryIO) -> Iterator[str]:
-    """Lines of UTF-8 text with their ends; the first line's byte order mark is dropped."""
+def text_lines(path: Path, handle: BinaryIO, *, document: bool = False) -> Iterator[str]:
+    """Lines of UTF-8 text with their ends; the first line's byte order mark is dropped.
+
+    A line is a row and limited as one, but that of a document may be the whole of it.
+    """
+    limit = _MAX_DOCUMENT if document else MAX_ROW
     number, offset = 0, 0
-    while raw := handle.readline(MAX_ROW + 1):
+    while raw := handle.readline(limit + 1):
         number += 1
         place = f"{path}:{number}"
         if number == 1:
             _check_signature(path, raw)
-        if len(raw) > MAX_ROW:
-            raise _too_long(place)
+        if len(raw) > limit:
+            raise _too_large(path) if document else _too_long(place)
         try:
             text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
@@ -221,6 +225,14 @@ def _check_signature(path: Path, start: bytes) -> None:
 def _too_long(place: str) -> DataError:
     return DataError(
         place, f"the row is longer than {MAX_ROW:,} bytes", "is a line end missing? Split the row"
+    )
+
+
+def _too_large(path: Path) -> DataError:
+    return DataError(
+        str(path),
+        f"is a JSON list of more than {_MAX_DOCUMENT:,} bytes",
+        "convert it to JSONL, which is read line by line",
     )
 
 
@@ -332,11 +344,7 @@ def _document(path: Path, lines: Iterator[str]) -> str:
     for text in lines:
         size += len(text)
         if size > _MAX_DOCUMENT:
-            raise DataError(
-                str(path),
-                f"is a JSON list of more than {_MAX_DOCUMENT:,} characters",
-                "convert it to JSONL, which is read line by line",
-            )
+            raise _too_large(path)
         parts.append(text)
     return "".join(parts)
 
