@@ -10,10 +10,10 @@ import re
 from collections.abc import Mapping, Sequence
 
 from metier.records import Example
-from metier.task import Kind, Retrieval, Training
+from metier.task import Kind, Retrieval, Task, Training
 
 HELD = ("validation", "test")
-BUDGET = 60.0
+BUDGET: float = Task.model_fields["budget"].default
 """Minutes."""
 CONTEXT = 1024
 """Tokens that the starter reads at most."""

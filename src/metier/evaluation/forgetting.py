@@ -51,6 +51,8 @@ LogProbs = Callable[[Sequence[tuple[Ids, Ids]]], list[float]]
 
 _WINDOW = 800
 _WINDOWS = 40
+GENERAL_TEXT = _WINDOWS * _WINDOW
+"""Characters of general text that are read at most."""
 _FEWEST_WINDOWS = 10
 
 

@@ -7,8 +7,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import resource
-import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -25,6 +23,8 @@ from metier.records import Chat, Completion, Example, Generator, Score
 from metier.runs import write_atomic
 
 FILE = "graded.jsonl"
+LATENCY_REQUESTS = 13
+"""Requests that `measure_latency` makes at most."""
 _CHUNK = 64
 
 
@@ -119,35 +119,20 @@ def _read_line(line: str, example: Example) -> Graded:
     return Graded(example, Completion(**row["completion"]), Score(**row["score"]))
 
 
-def measure_latency(
-    generator: Generator, chats: Sequence[Chat], repeats: int = 1
-) -> tuple[float, float]:
+def measure_latency(generator: Generator, chats: Sequence[Chat]) -> tuple[float, float]:
     """Median and 95th percentile of seconds for one request alone.
 
-    Every chat is asked `repeats` times, one at a time, after one warm-up request that does not
-    count. The percentiles interpolate between the times measured: with few chats the 95th is
-    near the slowest.
-
+    At most `LATENCY_REQUESTS` are made, one at a time; the first warms up and does not count. The
+    percentiles interpolate between the times measured: with few chats the 95th is near the slowest.
     """
     generator.generate([chats[0]])
     seconds = []
-    for chat in [*chats] * repeats:
+    for chat in chats[: LATENCY_REQUESTS - 1]:
         start = time.perf_counter()
         generator.generate([chat])
         seconds.append(time.perf_counter() - start)
     p50, p95 = np.percentile(seconds, [50, 95])
     return float(p50), float(p95)
-
-
-def peak_memory() -> int:
-    """Bytes of memory this process has held at most since it started.
-
-    The mark is never lowered: the peak of one arm alone needs a process of its own.
-    """
-    if sys.platform == "linux":  # where ru_maxrss would hold the parent's peak too
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
 def save_graded(directory: Path, graded: Sequence[Graded]) -> None:

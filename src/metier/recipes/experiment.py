@@ -36,13 +36,12 @@ from metier.records import Example
 from metier.runs import Run, fingerprint
 from metier.task import SIMPLER_METHODS, TUNED_METHODS, Arm, Task
 
-_LATENCY_CHATS = 12
 C = TypeVar("C", bound=Config)
 
 
 @dataclass
 class Candidate:
-    """An arm with the directories that `making.make` wrote, one for each seed.
+    """An arm with the directories that it was made into, one for each seed.
 
     Attributes:
         arm: which arm.
@@ -318,9 +317,9 @@ class Experiment:
         return self._resumable(f"{part}-{slug(arm)}", inputs, make)
 
     def _measurements(self, arm: Arm, directory: Path) -> Path:
-        """Latency, memory and notes of an arm, measured on validation requests."""
+        """Latency and memory of an arm, measured on validation requests."""
         bench = self._bench
-        chats = [row.prompt for row in bench.parts.validation[:_LATENCY_CHATS]]
+        chats = [row.prompt for row in bench.parts.validation]
 
         def make(path: Path) -> None:
             self._progress.stage(f"latency: {arm.name}")

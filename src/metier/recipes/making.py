@@ -1,6 +1,6 @@
 """Make the arms: everything an arm needs goes into one directory, from which it is built again.
 
-`make` fits, trains or chooses and writes a directory; `build` turns such a directory into a
+`fit_classical`, `choose_phrasing` and `tuning.tune` write a directory; `build` turns it into a
 Generator. A run evaluates what `build` gives, and `metier serve` serves what `build` gives, so
 what was measured is what is served.
 """
@@ -33,7 +33,8 @@ from metier.text.template import Renderer
 from metier.training import preflight
 from metier.training.preflight import Prepared
 
-_CHOOSE_ON = 40
+CHOOSE_ON = 40
+"""Validation rows on which each phrasing is tried."""
 _ABOUT = "arm.json"
 
 
@@ -89,7 +90,7 @@ class WithinContext:
 
 
 def build(bench: Workbench, arm: Arm, directory: Path) -> Built:
-    """Build an arm from the directory that `make` wrote.
+    """Build an arm from the directory that it was made into.
 
     Raises:
         ModelError: a base, adapter or head cannot be loaded.
@@ -193,7 +194,7 @@ def choose_phrasing(bench: Workbench, arm: Arm, directory: Path, progress: Progr
     names = [phrasing.name for phrasing in wording.phrasings(bench.task.kind)]
     progress.stage(f"choose the wording of {arm.name}")
     candidates = {name: inner(name).generator for name in names}
-    choice = arms.choose(candidates, bench.parts.validation, bench.grader, _CHOOSE_ON)
+    choice = arms.choose(candidates, bench.parts.validation, bench.grader, CHOOSE_ON)
     base = "" if arm.method == "remote" else base_hash(_base_name(bench, arm))
     write_about(directory, arm, choice.name, choice.scores, base)
 

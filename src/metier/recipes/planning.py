@@ -18,7 +18,7 @@ import torch
 from metier.config import Config
 from metier.data.split import PARTS
 from metier.errors import BudgetError
-from metier.evaluation import units
+from metier.evaluation import forgetting, runner, units
 from metier.evaluation.wording import phrasings
 from metier.model.adapters import add_lora
 from metier.model.generate import Engine
@@ -31,8 +31,6 @@ from metier.task import Arm
 from metier.training import sft
 from metier.training.batches import Row, pad
 
-_LATENCY_REQUESTS = 13
-_CHOSEN_ON = 40
 _SAMPLED = 24
 _LEAST_SECONDS = 0.2
 _MOST_ROWS = 16
@@ -41,8 +39,6 @@ _CLASSICAL_PER_SECOND = 20_000
 _REMOTE_SECONDS = 0.5
 # Weight, gradient and the two moments of AdamW, in float32.
 _FULL_BYTES = 16
-# Characters of general text that show what was forgotten.
-_GENERAL_TEXT = 32_000
 
 
 class ArmPlan(Config):
@@ -182,8 +178,8 @@ def _plan_elsewhere(bench: Workbench, arm: Arm, made: Collection[str]) -> ArmPla
     if arm.method == "remote":
         names = [phrasing.name for phrasing in phrasings(bench.task.kind)]
         making.remote(bench, names[0])  # what would stop it is refused now
-        making_it = _CHOSEN_ON * len(names) * _REMOTE_SECONDS
-        requests = len(parts.validation) + len(parts.test) + _LATENCY_REQUESTS
+        making_it = making.CHOOSE_ON * len(names) * _REMOTE_SECONDS
+        requests = len(parts.validation) + len(parts.test) + runner.LATENCY_REQUESTS
         answering = requests * _REMOTE_SECONDS
     seconds = (arm.name not in made) * making_it + answering
     return ArmPlan(arm=arm.name, minutes=seconds / 60, memory=memory)
@@ -217,8 +213,9 @@ class _Base:
         """Training with every seed, or choosing a phrasing; refuses now what cannot be trained."""
         parts = self._bench.parts
         if not arm.tuned:
-            tried = min(_CHOSEN_ON, len(parts.validation)) * len(phrasings(self._bench.task.kind))
-            return tried * self._batched(arm, request)
+            phrased = len(phrasings(self._bench.task.kind))
+            tried = min(making.CHOOSE_ON, len(parts.validation))
+            return phrased * tried * self._batched(arm, request)
         making.prepare(self._bench, arm, self._engine)
         training = self._bench.task.training
         # Validation is read only: a third of the work.
@@ -233,7 +230,7 @@ class _Base:
         models = len(self._bench.task.training.seeds) if arm.tuned else 1
         alone = request.read / speed.read + request.written / speed.alone
         requests = models * (len(parts.validation) + len(parts.test))
-        return requests * self._batched(arm, request) + _LATENCY_REQUESTS * alone
+        return requests * self._batched(arm, request) + runner.LATENCY_REQUESTS * alone
 
     def forgetting(self, arm: Arm) -> float:
         """General text and minimal pairs, read by the base once and by every tuned model."""
@@ -287,7 +284,7 @@ def _general_tokens(bench: Workbench, engine: Engine) -> int:
     """Tokens of general text and minimal pairs."""
     encode = engine.renderer.tokenizer.encode
     sentences = [sentence for pair in bench.material.pairs for sentence in (pair.good, pair.bad)]
-    text = "\n".join(bench.material.texts)[:_GENERAL_TEXT]
+    text = "\n".join(bench.material.texts)[: forgetting.GENERAL_TEXT]
     return len(encode(text)) + sum(len(encode(sentence)) for sentence in sentences)
 
 
