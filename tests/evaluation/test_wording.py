@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -32,6 +34,13 @@ def test_each_kind_has_an_instruction_with_the_users_words_on_good_and_bad(kind:
 def test_json_answers_name_their_keys() -> None:
     answers = ['{"total": 1, "date": "x"}', '{"company": "y", "date": null}']
     assert "total, date, company" in default_instruction(_task("extraction"), answers)
+
+
+def test_more_keys_than_an_instruction_can_name_are_not_named() -> None:
+    many = {f"key{n}": 1 for n in range(20)}
+    assert "key19" in default_instruction(_task("extraction"), [json.dumps(many)])
+    told = default_instruction(_task("extraction"), [json.dumps(many), '{"one more": 1}'])
+    assert "key" not in told
 
 
 @pytest.mark.parametrize("odd", ["[1]", "no JSON", "1"])

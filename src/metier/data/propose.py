@@ -21,6 +21,7 @@ from metier.data.sources import read_examples
 from metier.errors import DataError
 from metier.records import Example
 from metier.task import Columns, Kind, Task
+from metier.graders import json_text
 
 _FILE_NAMES = ("train", "trainset", "data", "dataset", "examples", "rows", "dev", "devset", "test")
 _SMALL = 200
@@ -210,8 +211,8 @@ def _kind(examples: Sequence[Example]) -> tuple[Kind, str]:
 
 def _all_json(answers: Sequence[str]) -> bool:
     try:
-        return all(isinstance(json.loads(answer), (dict, list)) for answer in answers)
-    except ValueError:
+        return all(isinstance(json_text.parse(answer), dict | list) for answer in answers)
+    except json_text.NotJson:
         return False
 
 
@@ -226,7 +227,7 @@ def _add_words(text: _Text, kind: Kind, examples: Sequence[Example]) -> None:
     text.add("good", words["good"], "In words, for people and for prompted arms: make them yours.")
     text.add("better", words["better"])
     text.add("bad", words["bad"])
-    asked = _ask_for_keys([row.answer for row in examples]) or words["instruction"]
+    asked = json_text.ask_for_keys([row.answer for row in examples]) or words["instruction"]
     text.add("instruction", asked, "What prompted arms tell the model to do.")
     if kind == "classification":
         counts = Counter(row.answer.strip() for row in examples)
@@ -235,17 +236,6 @@ def _add_words(text: _Text, kind: Kind, examples: Sequence[Example]) -> None:
         if rare:
             comments.append(f"Fewer than 10 rows: {json.dumps(rare[:10], ensure_ascii=False)}.")
         text.add("labels", sorted(counts), *comments, *_about_lists(counts))
-
-
-def _ask_for_keys(answers: Sequence[str]) -> str:
-    """An instruction that names the keys of the outputs, where all are JSON objects."""
-    if not _all_json(answers):
-        return ""
-    values = [json.loads(answer) for answer in answers]
-    keys = list(dict.fromkeys(key for value in values if isinstance(value, dict) for key in value))
-    if not keys or len(keys) > 20 or not all(isinstance(value, dict) for value in values):
-        return ""
-    return f"Answer with a JSON object that has these keys: {', '.join(keys)}."
 
 
 def _about_lists(counts: Counter[str]) -> list[str]:

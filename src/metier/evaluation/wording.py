@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
+from metier.graders.json_text import ask_for_keys
 from metier.records import Chat, Message
 from metier.task import Kind, Task
-
-_MAX_KEYS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +50,7 @@ def default_instruction(task: Task, answers: Sequence[str]) -> str:
     """
     if task.instruction:
         return task.instruction
-    words = [_ask(task.kind, _json_keys(answers))]
+    words = [_ask(task.kind, ask_for_keys(answers))]
     if task.good:
         words.append(f"A good answer: {task.good}")
     if task.bad:
@@ -60,28 +58,14 @@ def default_instruction(task: Task, answers: Sequence[str]) -> str:
     return "\n".join(words)
 
 
-def _ask(kind: Kind, keys: Sequence[str]) -> str:
+def _ask(kind: Kind, for_keys: str) -> str:
     if kind == "classification":
         return "Choose the label that fits the text. Answer with the label only."
-    if keys:
-        return f"Answer with a JSON object that has these keys: {', '.join(keys)}."
+    if for_keys:
+        return for_keys
     if kind == "extraction":
         return "Extract what is asked for from the text. Answer with nothing else."
     return "Write the answer to this input."
-
-
-def _json_keys(answers: Sequence[str]) -> list[str]:
-    """Keys of the answers, in order of appearance, when all of them are JSON objects."""
-    keys: dict[str, None] = {}
-    for answer in answers:
-        try:
-            value = json.loads(answer)
-        except (ValueError, RecursionError):
-            return []
-        if not isinstance(value, dict):
-            return []
-        keys.update(dict.fromkeys(value))
-    return list(keys)[:_MAX_KEYS]
 
 
 @dataclass(frozen=True, slots=True)

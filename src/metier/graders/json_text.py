@@ -1,12 +1,14 @@
-"""Read the JSON value in a model's output."""
+"""JSON in answers: reading it in a model's output, and asking for it."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from typing import Any
 
 _FENCE = re.compile(r"```[a-zA-Z]*[ \t]*\n(.*?)\n?[ \t]*```", re.DOTALL)
+_MOST_KEYS = 20
 
 
 class NotJson(Exception):  # noqa: N818 - caught by graders, never shown as an error
@@ -34,3 +36,22 @@ def parse(text: str) -> Any:
 
 def _refuse(constant: str) -> Any:
     raise ValueError(f"{constant} is not JSON")
+
+
+def ask_for_keys(answers: Sequence[str]) -> str:
+    """An instruction that names the keys of the answers, in order of appearance.
+
+    Empty unless all answers are JSON objects, with 1 to 20 different keys among them.
+    """
+    keys: dict[str, None] = {}
+    for answer in answers:
+        try:
+            value = parse(answer)
+        except NotJson:
+            return ""
+        if not isinstance(value, dict):
+            return ""
+        keys.update(dict.fromkeys(value))
+    if not 0 < len(keys) <= _MOST_KEYS:
+        return ""
+    return f"Answer with a JSON object that has these keys: {', '.join(keys)}."
