@@ -132,10 +132,10 @@ def verify(path: Path) -> dict[str, Any]:
     remedy = "delete this directory; the run makes it again"
     try:
         manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        files: dict[str, str] = manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError):
+        files = manifest["files"].items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise RunError(str(path), "has no readable manifest", remedy) from None
-    for name, expected in files.items():
+    for name, expected in files:
         file = path / name
         if not file.is_file():
             raise RunError(str(file), "is missing", remedy)
@@ -208,6 +208,8 @@ class Run:
     def stage(self, name: str, inputs: Mapping[str, Any], make: Callable[[Path], None]) -> Path:
         """Return the stage's directory, making it unless it is there, whole, for these inputs.
 
+        What is there and not whole is kept beside it as ``damaged-<its name>``.
+
         Args:
             name: what the stage is called, for people.
             inputs: everything its result depends on (JSON-like); hashed into its name.
@@ -219,7 +221,9 @@ class Run:
             try:
                 self.seconds[path.name] = verify(path).get("seconds", 0.0)
             except RunError:
-                shutil.rmtree(path)
+                aside = path.with_name(f"damaged-{path.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
             else:
                 return path
         about: dict[str, Any] = {"stage": name, "inputs": dict(inputs)}
