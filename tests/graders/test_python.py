@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +128,38 @@ def test_code_that_came_with_a_request_is_never_run(tmp_path):
     assert not canary.exists()
     load_grader({"type": "python", "path": "mine.py"}, "expansion", [], tmp_path)
     assert canary.exists(), "control: the file of a task.yaml does run"
+
+
+def test_a_file_may_define_dataclasses_with_late_annotations(load, example):
+    grader = load(
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass\n"
+        "@dataclass\n"
+        "class Found:\n"
+        "    value: float\n"
+        "def grade(output, example):\n"
+        "    return Found(0.5).value\n"
+    )
+    assert grader.grade("out", example("x")).value == 0.5
+
+
+def test_files_of_one_name_do_not_meet(tmp_path, example):
+    graders = []
+    for name, value in (("a", 0.25), ("b", 0.75)):
+        (tmp_path / name).mkdir()
+        code = f"import sys\nVALUE = {value}\n"
+        code += "def grade(o, e):\n    return sys.modules[__name__].VALUE\n"
+        (tmp_path / name / "mine.py").write_text(code)
+        graders.append(load_grader("python:mine.py:grade", "expansion", [], tmp_path / name))
+    assert [grader.grade("out", example("x")).value for grader in graders] == [0.25, 0.75]
+
+
+def test_a_file_that_cannot_be_imported_leaves_no_module(load):
+    before = set(sys.modules)
+    with pytest.raises(ConfigError, match="no_such_module_at_all") as caught:
+        load("import no_such_module_at_all")
+    assert set(sys.modules) == before
+    assert "no file beside it" in caught.value.remedy
 
 
 def test_its_identity_changes_with_the_code(load):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import math
+import sys
 import traceback
 from collections.abc import Callable, Mapping
 from numbers import Real
@@ -22,6 +23,7 @@ from metier.errors import ConfigError
 from metier.graders.base import Context, Grader, GraderSpec
 from metier.graders.wording import row
 from metier.records import Example, Score
+from metier.runs import fingerprint
 
 _RESULT = "return a number from 0 to 1, True or False, or a dict with the key 'value'"
 
@@ -33,6 +35,8 @@ class PythonGrader(GraderSpec):
     expected output), messages (all of them), group, source and time. The function returns a number
     from 0 to 1, True or False, or a dict: ``value`` (such a number) and, where it likes, ``answer``
     (the part that was graded), ``explanation`` (words) and ``parts`` (further named numbers).
+
+    A grader is one file: it may import what is installed, but no file beside it.
     """
 
     type: Literal["python"] = "python"
@@ -150,15 +154,19 @@ def _load(path: Path, function: str, place: str) -> tuple[Callable[..., Any], by
         raise ConfigError(
             f"{place}: {path}", f"cannot be read ({error.strerror})", "check the path"
         ) from None
-    spec = importlib.util.spec_from_file_location(f"metier_grader_{path.stem}", path)
+    name = f"metier_grader_{fingerprint(str(path.resolve()))}"
+    spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ConfigError(f"{place}: {path}", "is not a Python file", "give a file named *.py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses look up the names in annotations
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
+        sys.modules.pop(name, None)
         cause = f"cannot be imported: {type(error).__name__}: {error}"
-        raise ConfigError(f"{place}: {path}", cause, "mend the file") from error
+        remedy = "mend the file; it may import what is installed, but no file beside it"
+        raise ConfigError(f"{place}: {path}", cause, remedy) from error
     found = getattr(module, function, None)
     if not callable(found):
         raise ConfigError(
