@@ -52,7 +52,7 @@ class Example:
 
     @property
     def input(self) -> str:
-        """The text of the last user message: what retrievers and classical models read."""
+        """The text of the last user message; `input_text` is that of all turns."""
         return last_user_text(self.prompt)
 
     @property
@@ -67,6 +67,28 @@ def last_user_text(chat: Chat) -> str:
         if message.get("role") == "user":
             return message.get("content") or ""
     return ""
+
+
+def input_text(chat: Chat) -> str:
+    """What an input says: all user, assistant and tool text, a message below the other.
+
+    Classical models and retrieval read it, and duplicates are found by it, so that no arm is
+    given less of a conversation than another. Of one message it is that message's text.
+    """
+    return "\n".join(message.get("content") or "" for message in _turns(chat))
+
+
+def transcript(chat: Chat) -> str:
+    """`input_text` for readers: with several messages, each after its role."""
+    turns = _turns(chat)
+    if len(turns) < 2:
+        return input_text(turns)
+    return "\n".join(f"{turn['role']}: {turn.get('content') or ''}" for turn in turns)
+
+
+def _turns(chat: Chat) -> list[Message]:
+    """Instructions stand outside the conversation, and are the same for many inputs."""
+    return [message for message in chat if message.get("role") not in ("system", "developer")]
 
 
 @dataclass(frozen=True, slots=True)

@@ -109,6 +109,60 @@ def test_snippets_are_examples_with_answers_and_passages() -> None:
     assert snippets((), passages, LexicalIndex, 1)("cards") == ["Cards take two."]
 
 
+def _talk(text: str, answer: str, group: str = "") -> Example:
+    messages: tuple[Message, ...] = (
+        {"role": "system", "content": "system of the example"},
+        {"role": "user", "content": text},
+        {"role": "assistant", "content": "Shall I look?"},
+        {"role": "user", "content": "yes"},
+        {"role": "assistant", "content": answer},
+    )
+    return Example(text, messages, group)
+
+
+TALKS = (
+    _talk("my card is lost", "cards", "g1"),
+    _talk("My card  is LOST", "cards"),
+    _talk("is my card lost or stolen", "cards", "g1"),
+    _talk("where is my refund", "refunds"),
+    _talk("the card does not work", "cards"),
+)
+
+
+def test_the_nearest_conversation_is_by_all_its_turns() -> None:
+    new = _talk("my refund did not come, where is it", "")
+    asked: list[str] = []
+
+    def look_up(text: str) -> list[Example]:
+        asked.append(text)
+        return shots(TALKS, LexicalIndex, 1)(text)
+
+    composed = few_shot(Wording(BARE), _always, look_up)(new.prompt)
+    assert asked == ["my refund did not come, where is it\nShall I look?\nyes"]
+    turns = ["where is my refund", "Shall I look?", "yes", "refunds"]
+    assert [message["content"] for message in composed[1:5]] == turns
+
+
+def test_a_conversation_never_finds_itself_its_copies_or_its_group() -> None:
+    seen: list[list[Example]] = []
+
+    def look_up(text: str) -> list[Example]:
+        seen.append(shots(TALKS, LexicalIndex, 3)(text))
+        return seen[-1]
+
+    few_shot(Wording(BARE), _always, look_up)(TALKS[0].prompt)
+    assert {example.id for example in seen[0]} == {TALKS[3].id, TALKS[4].id}
+
+
+def test_snippets_show_the_whole_conversation() -> None:
+    look_up = snippets(TALKS, ["Cards take two days."], LexicalIndex, 1)
+    chat = rag(Wording(BARE), _always, look_up)(_talk("where is it, the refund", "").prompt)
+    assert chat[-1]["content"] == (
+        "Context:\nInput: user: where is my refund\nassistant: Shall I look?\nuser: yes\n"
+        "Output: refunds\n\nyes"
+    )
+
+
 # Composing
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from metier.errors import DataError, RunError
 from metier.evaluation.classical import STRENGTHS, Classical
-from metier.records import Example
+from metier.records import Example, Message
 from metier.retrieval.lexical import tokenize
 
 LABELS = 8
@@ -144,3 +144,42 @@ def test_training_inputs_without_words_are_refused() -> None:
     silent = [_example("", "yes"), _example("…", "no")]
     with pytest.raises(DataError, match="holds no words"):
         Classical.fit(silent, silent)
+
+
+def test_the_first_turn_decides() -> None:
+    labels = ["cards", "cash", "fees", "loans", "pins", "rates", "tax"]
+    rows = [_talk(f"question {at} about {labels[at % 7]}", labels[at % 7]) for at in range(150)]
+    model = Classical.fit(rows[:70], rows[70:110])
+    assert _accuracy(model, rows[110:]) == 1.0
+    cut = [_talk("question", row.answer) for row in rows[110:]]
+    assert _accuracy(model, cut) < 0.3, "control: nothing else tells the labels apart"
+
+
+def _talk(text: str, answer: str) -> Example:
+    messages: tuple[Message, ...] = (
+        {"role": "system", "content": "You answer questions."},
+        {"role": "user", "content": text},
+        {"role": "assistant", "content": "Shall I look?"},
+        {"role": "user", "content": "yes"},
+        {"role": "assistant", "content": answer},
+    )
+    return Example(text, messages)
+
+
+def test_of_single_messages_it_reads_just_that_message(
+    fitted: Classical, parts: tuple[list[Example], list[Example], list[Example]]
+) -> None:
+    train, validation, test = parts
+    instructed = [[_instructed(row) for row in part] for part in (train[::8], validation[::8])]
+    plain = Classical.fit(train[::8], validation[::8])
+    texts = [row.messages[0]["content"] or "" for row in test]
+    same = Classical.fit(*instructed)
+    assert np.array_equal(same.probabilities(texts), plain.probabilities(texts))
+    answers = fitted.generate([row.prompt for row in test])
+    assert fitted.generate([_instructed(row).prompt for row in test]) == answers
+    rows = fitted.probabilities(texts)
+    assert [answer.probability for answer in answers] == list(rows.max(axis=1))
+
+
+def _instructed(row: Example) -> Example:
+    return Example(row.id, ({"role": "system", "content": "You answer."}, *row.messages))

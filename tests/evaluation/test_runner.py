@@ -249,6 +249,30 @@ def test_won_and_lost_show_the_largest_differences_of_different_groups():
     assert [sample.id for sample in everything] == ["row 0", "row 1", "row 2"]
 
 
+def told(*texts: str) -> str:
+    """What is shown of an input of several turns."""
+    roles = ("system", "user", "assistant", "user", "assistant")
+    messages = tuple({"role": r, "content": t} for r, t in zip(roles, (*texts, "a"), strict=True))
+    row = Example("row", messages)
+    one, other = (Graded(row, Completion(""), Score(value, "", "")) for value in (1.0, 0.0))
+    ((sample,), _) = won_and_lost([one], [other])
+    return sample.input
+
+
+def test_the_whole_conversation_is_shown():
+    shown = told("same for all", "my card is lost", "Shall I look?", "yes")
+    assert shown == "user: my card is lost\nassistant: Shall I look?\nuser: yes"
+
+
+def test_a_long_conversation_is_cut_in_the_middle():
+    first, second, last = "first " + "a" * 9000, "b" * 9000, "c" * 90 + " last"
+    whole = f"user: {first}\nassistant: {second}\nuser: {last}"
+    shown = told("", first, second, last)
+    head, tail = shown.split(f"\n[{len(whole) - 3000:,} characters are left out here]\n")
+    assert (head, tail) == (whole[:1500], whole[-1500:])
+    assert len(shown) < 4000, "the report shows all of it"
+
+
 def test_equal_differences_are_chosen_the_same_way_each_time_and_not_by_position():
     arm, reference = scored([1.0] * 200, [""] * 200), scored([0.0] * 200, [""] * 200)
     won, lost = won_and_lost(arm, reference)

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from metier.records import Example
+from metier.records import Example, input_text
 
 _SHINGLE = 5
 # Odd 64-bit constants: one multiplier for each character of a 5-gram (multilinear hashing).
@@ -32,11 +32,7 @@ Hashes = npt.NDArray[np.uint64]
 
 def text_of(example: Example) -> str:
     """What makes an input its own: all user, assistant and tool text before the answer."""
-    return "\n".join(
-        message.get("content") or ""
-        for message in example.prompt
-        if message["role"] not in ("system", "developer")
-    )
+    return input_text(example.prompt)
 
 
 def normalise(text: str) -> str:

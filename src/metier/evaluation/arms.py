@@ -16,7 +16,15 @@ import numpy as np
 from metier.data.prepare import normalise
 from metier.evaluation.wording import Wording, with_content
 from metier.graders.base import Grader
-from metier.records import Chat, Completion, Example, Generator, Message, last_user_text
+from metier.records import (
+    Chat,
+    Completion,
+    Example,
+    Generator,
+    Message,
+    input_text,
+    transcript,
+)
 from metier.retrieval.index import Index
 from metier.text.pieces import before
 
@@ -79,7 +87,7 @@ def shots(
     examples: Sequence[Example], make: Callable[[list[str]], Index], k: int
 ) -> Neighbours[Example]:
     """The training examples nearest to an input, for the few-shot arm."""
-    keys = [example.input for example in examples]
+    keys = [input_text(example.prompt) for example in examples]
     return Neighbours(make(keys), keys, examples, [example.group for example in examples], k)
 
 
@@ -90,8 +98,10 @@ def snippets(
     k: int,
 ) -> Neighbours[str]:
     """The training examples and passages nearest to an input, as text, for the rag arms."""
-    keys = [*(example.input for example in examples), *passages]
-    shown = [f"Input: {example.input}\nOutput: {example.answer}" for example in examples]
+    keys = [*(input_text(example.prompt) for example in examples), *passages]
+    shown = [
+        f"Input: {transcript(example.prompt)}\nOutput: {example.answer}" for example in examples
+    ]
     groups = [*(example.group for example in examples), *("" for _ in passages)]
     return Neighbours(make(keys), keys, [*shown, *passages], groups, k)
 
@@ -105,7 +115,7 @@ class Composer(Generic[T]):
     Args:
         wording: how the request is put into words.
         fits: whether a composed chat fits.
-        look_up: what to show beside an input, nearest first.
+        look_up: what to show beside an input, by its `input_text`, nearest first.
         place: puts that into the chat.
 
     """
@@ -125,7 +135,7 @@ class Composer(Generic[T]):
 
     def __call__(self, chat: Chat) -> Chat:
         """The request for one chat."""
-        found = self._look_up(last_user_text(chat))
+        found = self._look_up(input_text(chat))
         self._requests += 1
         self._found += len(found)
         for kept in range(len(found), -1, -1):

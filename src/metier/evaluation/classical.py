@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from metier.errors import DataError, RunError
-from metier.records import Chat, Completion, Example, last_user_text
+from metier.records import Chat, Completion, Example, input_text
 from metier.retrieval.lexical import tokenize
 from metier.runs import write_atomic
 
@@ -65,7 +65,7 @@ class Classical:
                 f"has {len(labels)} different labels",
                 "give examples of two labels at least, or leave out the arm 'classical'",
             )
-        texts = [example.input for example in train]
+        texts = [input_text(example.prompt) for example in train]
         vectorizers = [_fitted(kind, texts) for kind in _KINDS]
         features = _features(vectorizers, texts)
         answers = np.array([labels.index(example.answer) for example in train])
@@ -76,8 +76,8 @@ class Classical:
         return max(fitted, key=lambda one: one._accuracy(validation))
 
     def generate(self, chats: Sequence[Chat]) -> list[Completion]:
-        """The most probable label of each chat's last user message."""
-        rows = self.probabilities([last_user_text(chat) for chat in chats])
+        """The most probable label of each chat, by the text of all its turns."""
+        rows = self.probabilities([input_text(chat) for chat in chats])
         return [
             Completion(self.labels[int(row.argmax())], probability=float(row.max())) for row in rows
         ]

@@ -19,13 +19,14 @@ from metier.errors import RunError
 from metier.evaluation.schema import Sample
 from metier.graders import Grader, LabelSet
 from metier.progress import Progress, Silent
-from metier.records import Chat, Completion, Example, Generator, Score
+from metier.records import Chat, Completion, Example, Generator, Score, input_text, transcript
 from metier.runs import write_atomic
 
 FILE = "graded.jsonl"
 LATENCY_REQUESTS = 13
 """Requests that `measure_latency` makes at most."""
 _CHUNK = 64
+_LONGEST_CONVERSATION = 3000  # characters; of texts over 4,000 the report cuts the end
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +214,7 @@ def _shuffle_key(name: str) -> bytes:
 def _sample(item: Graded, other: Graded) -> Sample:
     return Sample(
         id=item.example.id,
-        input=item.example.input,
+        input=_shown(item.example.prompt),
         expected=item.example.answer,
         answer=item.completion.text,
         score=item.score.value,
@@ -221,3 +222,13 @@ def _sample(item: Graded, other: Graded) -> Sample:
         reference_answer=other.completion.text,
         reference_score=other.score.value,
     )
+
+
+def _shown(prompt: Chat) -> str:
+    """The input for readers; a long conversation keeps its first and its last turns."""
+    text = transcript(prompt)
+    left_out = len(text) - _LONGEST_CONVERSATION
+    if left_out <= 0 or text == input_text(prompt):
+        return text
+    half = _LONGEST_CONVERSATION // 2
+    return f"{text[:half]}\n[{left_out:,} characters are left out here]\n{text[-half:]}"
