@@ -6,7 +6,9 @@ terminal's bars are `metier.app.terminal.TerminalProgress`.
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 
 class Progress(Protocol):
@@ -42,3 +44,18 @@ class Silent:
 
     def say(self, text: str) -> None:
         """Ignore it."""
+
+
+@contextmanager
+def no_weight_bar() -> Iterator[None]:
+    """Without the progress bar that transformers draws for weights."""
+    from transformers.utils import logging
+
+    bar: Any = logging
+    shown = bar.is_progress_bar_enabled()
+    bar.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bar.enable_progress_bar()

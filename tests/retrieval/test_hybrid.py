@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import shutil
 import socket
 from collections.abc import Sequence
@@ -102,8 +101,6 @@ def test_loading_opens_no_connection(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         monkeypatch.delenv(variable, raising=False)
     assert HybridIndex(TEXTS, tmp_path).search("password", 1)
-    with pytest.raises(ModelError, match="cannot be loaded"):
-        HybridIndex(TEXTS, tmp_path, "nobody/no-such-model")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "1_Pooling/config.json"])
@@ -143,37 +140,3 @@ def test_a_missing_package_names_the_extra(
 def test_nothing_to_index_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no text"):
         HybridIndex([], tmp_path)
-
-
-@pytest.fixture
-def copy(tmp_path: Path) -> Path:
-    """The bundled model as a user's own directory."""
-    target = tmp_path / "copy"
-    shutil.copytree(bundled_model(), target)
-    return target
-
-
-def test_a_model_of_the_users_own(tmp_path: Path, copy: Path, index: HybridIndex) -> None:
-    own = HybridIndex(TEXTS, tmp_path / "vectors", str(copy))
-    assert own.search("password", 2) == index.search("password", 2)
-
-
-def test_code_inside_a_model_is_not_run(tmp_path: Path, copy: Path) -> None:
-    mark = tmp_path / "ran"
-    (copy / "own.py").write_text(f"open({str(mark)!r}, 'w')\nclass Module: pass\n")
-    modules = json.loads((copy / "modules.json").read_text())
-    modules[0]["type"] = "own.Module"
-    (copy / "modules.json").write_text(json.dumps(modules))
-    with pytest.raises(ModelError):
-        HybridIndex(TEXTS, tmp_path / "vectors", str(copy))
-    assert not mark.exists()
-
-
-def test_pickled_weights_are_refused(tmp_path: Path, copy: Path) -> None:
-    import torch
-    from safetensors.torch import load_file
-
-    torch.save(load_file(copy / "model.safetensors"), copy / "pytorch_model.bin")
-    (copy / "model.safetensors").unlink()
-    with pytest.raises(ModelError, match="safetensors"):
-        HybridIndex(TEXTS, tmp_path / "vectors", str(copy))

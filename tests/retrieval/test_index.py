@@ -7,12 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metier.errors import DataError
-from metier.retrieval.index import (
-    recall_at_k,
-    reciprocal_rank,
-    reciprocal_rank_fusion,
-    require_texts,
-)
+from metier.retrieval.index import reciprocal_rank_fusion, require_texts
 
 
 def test_fusion_adds_one_over_sixty_plus_rank() -> None:
@@ -36,13 +31,6 @@ def test_fusion_is_a_ranking_that_respects_agreement(rankings: list[list[int]], 
             ahead = all(r.index(better) < r.index(worse) for r in rankings)
             if ahead and worse in found:
                 assert found.index(better) < found.index(worse)
-
-
-def test_recall_and_reciprocal_rank() -> None:
-    assert recall_at_k([4, 1, 2], {1, 9}, k=2) == 0.5
-    assert recall_at_k([4, 1, 2], {1, 9}, k=1) == 0.0
-    assert reciprocal_rank([4, 1, 2], {1, 2}) == 0.5
-    assert reciprocal_rank([4], {1}) == 0.0
 
 
 def test_nothing_to_search_is_refused() -> None:

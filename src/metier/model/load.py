@@ -6,10 +6,8 @@ yet: they need an entry in `_model_class` and an engine of their own.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +16,7 @@ import torch
 
 from metier.errors import ModelError
 from metier.model.device import choose_device, compute_dtype
+from metier.progress import no_weight_bar
 from metier.runs import file_hash, fingerprint
 from metier.text.tokenizer import Tokenizer
 
@@ -221,7 +220,7 @@ def _model_class(path: Path, config: PretrainedConfig) -> Any:
 def _model(path: Path, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     kind = _model_class(path, config)
     try:
-        with _no_progress_bar():
+        with no_weight_bar():
             model, report = kind.from_pretrained(
                 str(path),
                 config=config,
@@ -246,20 +245,6 @@ def _model(path: Path, config: PretrainedConfig, dtype: torch.dtype) -> PreTrain
         )
     found: PreTrainedModel = model
     return found
-
-
-@contextlib.contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    from transformers.utils import logging
-
-    progress: Any = logging
-    shown = progress.is_progress_bar_enabled()
-    progress.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            progress.enable_progress_bar()
 
 
 def _check_vocabulary(model: PreTrainedModel, tokenizer: Tokenizer, path: Path) -> None:

