@@ -264,7 +264,7 @@ def test_only_an_answer_that_did_not_reach_its_end_was_cut(text: str, finished: 
 
 def test_choosing_takes_the_best_and_of_equal_ones_the_first() -> None:
     examples = [_example(str(at), "cards" if at % 4 else "refunds") for at in range(8)]
-    grader = load_grader("exact", "classification", ["cards", "refunds"], None)
+    grader = load_grader("exact", "classification", ["cards", "refunds"], Path())
     arms = {"r": Echo("refunds"), "c": Echo("cards"), "also c": Echo("cards")}
     choice = choose(arms, examples, grader, limit=100)
     assert choice.name == "c"
@@ -273,7 +273,7 @@ def test_choosing_takes_the_best_and_of_equal_ones_the_first() -> None:
 
 def test_choosing_looks_at_few_examples_from_all_over() -> None:
     examples = [_example(str(at), "cards") for at in range(10)]
-    grader = load_grader("exact", "classification", ["cards"], None)
+    grader = load_grader("exact", "classification", ["cards"], Path())
     arm = Echo("cards")
     choose({"only": arm}, examples, grader, limit=3)
     assert [chat[-1]["content"] for chat in arm.asked] == ["0", "3", "6"]

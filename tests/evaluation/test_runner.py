@@ -63,7 +63,7 @@ class Counted:
 def test_every_example_is_answered_without_its_answer_and_graded_in_order():
     examples = [example(str(i), answer="7") for i in range(150)]
     arm, progress = Echo(), Counted()
-    grader = load_grader("exact", "classification", ["7"], None)
+    grader = load_grader("exact", "classification", ["7"], Path())
     graded = evaluate(arm, examples, grader, progress)
     assert [item.example.id for item in graded] == [str(i) for i in range(150)]
     assert [item.completion.text for item in graded] == [str(i) for i in range(150)]
@@ -94,7 +94,7 @@ class Failing(Echo):
 @pytest.mark.parametrize("torn", [b"", b'{"id": "128", "comp', b'{"id": "128"}', b"\xff\n"])
 def test_an_interrupted_evaluation_goes_on(tmp_path, torn):
     examples = [example(str(i), answer="7") for i in range(150)]
-    grader = load_grader("exact", "classification", ["7"], None)
+    grader = load_grader("exact", "classification", ["7"], Path())
     whole = evaluate(Echo(), examples, grader)
     assert unfinished(tmp_path, examples) == []
     with pytest.raises(ConnectionError):
@@ -112,7 +112,7 @@ def test_an_interrupted_evaluation_goes_on(tmp_path, torn):
 
 def test_answers_to_other_examples_are_not_gone_on_with(tmp_path):
     examples = [example(str(i)) for i in range(3)]
-    grader = load_grader("exact", "classification", ["7"], None)
+    grader = load_grader("exact", "classification", ["7"], Path())
     evaluate(Echo(), examples, grader, None, tmp_path)
     assert len(unfinished(tmp_path, examples)) == 3, "control"
     assert unfinished(tmp_path, examples[::-1]) == []
@@ -121,7 +121,7 @@ def test_answers_to_other_examples_are_not_gone_on_with(tmp_path):
 def test_a_real_model_can_be_evaluated(stories260k):
     base = load_base(str(stories260k))
     engine = Engine(base.model, Renderer(base.tokenizer, "plain"), max_new_tokens=8)
-    grader = load_grader("rouge_l", "expansion", ["x"], None)
+    grader = load_grader("rouge_l", "expansion", ["x"], Path())
     graded = evaluate(engine, [example("a", "Once upon a time"), example("b", "there was")], grader)
     assert [item.completion.completion_tokens for item in graded] == [8, 8]
     assert all(0 <= item.score.value <= 1 for item in graded)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -22,12 +23,12 @@ VALUES = st.recursive(
 
 
 def grade(example, output, expected, **options):
-    grader = load_grader({"type": "json_fields", **options}, "extraction", [], None)
+    grader = load_grader({"type": "json_fields", **options}, "extraction", [], Path())
     return grader.grade(json.dumps(output), example(json.dumps(expected)))
 
 
 def grade_text(example, output, expected='{"a": 1}'):
-    return load_grader("fields", "extraction", [], None).grade(output, example(expected))
+    return load_grader("fields", "extraction", [], Path()).grade(output, example(expected))
 
 
 @pytest.mark.parametrize(
@@ -97,7 +98,7 @@ def test_the_explanation_names_what_is_missing_and_what_is_too_much(example):
 
 def test_expected_outputs_that_are_not_json_are_refused_before_anything_runs(example):
     with pytest.raises(DataError, match=r"expected output 2.*is not JSON") as caught:
-        load_grader("fields", "extraction", ['{"a": 1}', "plain"], None)
+        load_grader("fields", "extraction", ['{"a": 1}', "plain"], Path())
     assert "another grader" in caught.value.remedy
 
 
@@ -153,7 +154,7 @@ def test_any_output_gets_a_score(example, output):
 def test_real_receipts_are_graded_by_field(example, data_dir):
     with (data_dir / "sroie" / "receipts.jsonl").open(encoding="utf-8") as lines:
         fields = [json.loads(line)["fields"] for line in lines]
-    grader = load_grader("auto", "extraction", [json.dumps(row) for row in fields], None)
+    grader = load_grader("auto", "extraction", [json.dumps(row) for row in fields], Path())
     assert grader.name == "fields"
     for row in fields[:100]:
         gold = example(json.dumps(row))

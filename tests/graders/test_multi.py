@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from metier.errors import ConfigError
@@ -14,7 +16,7 @@ def multi(formula: str, **graders):
         {"type": "multi", "name": "both", "graders": graders, "calculate_output": formula},
         "extraction",
         [],
-        None,
+        Path(),
     )
 
 
@@ -29,7 +31,7 @@ def test_the_formula_joins_the_values_and_keeps_them_as_parts(example):
 
 def test_a_single_grader_is_allowed_as_in_the_schema(example):
     spec = {"type": "multi", "name": "m", "graders": {**TEXT, "name": "t"}, "calculate_output": "t"}
-    assert load_grader(spec, "expansion", [], None).grade("a b", example("a b")).value == 1
+    assert load_grader(spec, "expansion", [], Path()).grade("a b", example("a b")).value == 1
 
 
 def test_a_value_outside_0_to_1_is_an_error_that_names_the_row(example):

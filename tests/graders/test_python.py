@@ -113,18 +113,14 @@ def test_a_missing_file_is_refused(tmp_path):
         load_grader("python:notes.txt:grade", "expansion", [], tmp_path)
 
 
-def test_code_that_came_with_a_request_is_never_run(tmp_path):
+def test_source_code_in_a_spec_is_never_run(tmp_path):
     canary = tmp_path / "canary"
     code = f"open({str(canary)!r}, 'w').close()\ndef grade(sample, item): return 1\n"
     (tmp_path / "mine.py").write_text(code, encoding="utf-8")
-    requests = [
-        ({"type": "python", "name": "g", "source": code}, tmp_path),
-        ({"type": "python", "name": "g", "source": code, "path": "mine.py"}, tmp_path),
-        ({"type": "python", "name": "g", "path": str(tmp_path / "mine.py")}, None),
-    ]
-    for spec, base_dir in requests:
+    spec = {"type": "python", "name": "g", "source": code}
+    for more in ({}, {"path": "mine.py"}):
         with pytest.raises(ConfigError, match="is not run"):
-            load_grader(spec, "expansion", [], base_dir)
+            load_grader(spec | more, "expansion", [], tmp_path)
     assert not canary.exists()
     load_grader({"type": "python", "path": "mine.py"}, "expansion", [], tmp_path)
     assert canary.exists(), "control: the file of a task.yaml does run"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 from sklearn.metrics import accuracy_score, f1_score
@@ -19,7 +20,7 @@ def test_classification_metrics_equal_sklearn(example):
     rng = random.Random(3)
     labels = ["card lost", "card late", "fees", "limit", "unused"]
     rows = [(rng.choice([*labels, "nonsense"]), rng.choice(labels[:4])) for _ in range(300)]
-    grader = load_grader("auto", "classification", labels, None)
+    grader = load_grader("auto", "classification", labels, Path())
     metrics = summarise("classification", grader, graded(grader, example, rows), labels)
     answered, true = zip(*rows, strict=True)
     assert metrics["accuracy"] == metrics["exact"] == pytest.approx(accuracy_score(true, answered))
@@ -29,7 +30,7 @@ def test_classification_metrics_equal_sklearn(example):
 
 
 def test_an_expected_label_outside_the_set_is_never_right(example):
-    grader = load_grader("exact", "classification", ["a"], None)
+    grader = load_grader("exact", "classification", ["a"], Path())
     rows = graded(grader, example, [("a", "a"), ("odd", "odd")])
     metrics = summarise("classification", grader, rows, ["a"])
     assert metrics["accuracy"] == 0.5
@@ -37,7 +38,7 @@ def test_an_expected_label_outside_the_set_is_never_right(example):
 
 
 def test_extraction_metrics_are_means_of_parts(example):
-    grader = load_grader("fields", "extraction", [], None)
+    grader = load_grader("fields", "extraction", [], Path())
     gold = '{"a": 1, "b": 2}'
     rows = graded(grader, example, [(gold, gold), ('{"a": 1}', gold), ("oops", gold)])
     metrics = summarise("extraction", grader, rows)
@@ -53,7 +54,7 @@ def test_extraction_metrics_are_means_of_parts(example):
 
 
 def test_nothing_graded_has_no_metrics():
-    assert summarise("expansion", load_grader("exact", "expansion", [], None), []) == {}
+    assert summarise("expansion", load_grader("exact", "expansion", [], Path()), []) == {}
 
 
 def test_labels_ignore_white_space_and_case_but_keep_labels_apart():

@@ -11,10 +11,7 @@ from pydantic import field_validator
 
 from metier.config import Config
 from metier.graders.template import MissingField, check, fill
-from metier.records import Example, Generator, Score
-
-Judges = Callable[[str, Mapping[str, Any]], Generator]
-"""Model name and OpenAI sampling parameters to the model that judges."""
+from metier.records import Example, Score
 
 
 class Grader(Protocol):
@@ -47,17 +44,14 @@ class Context:
     Attributes:
         place: where the spec stands, for error messages.
         answers: expected outputs, which a grader may refuse before any model is loaded.
-        base_dir: folder that paths in the spec are relative to; None for a spec that came with a
-            request, which may name no file.
-        judges: gives the model that a `score_model` grader asks; None where there is none.
+        base_dir: folder that paths in the spec are relative to.
         load: builds a spec inside a spec: (spec, place).
 
     """
 
     place: str
     answers: Sequence[str]
-    base_dir: Path | None
-    judges: Judges | None
+    base_dir: Path
     load: Callable[[Mapping[str, Any], str], Grader]
 
 

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from metier.errors import ConfigError
-from metier.graders.base import Context, Grader, GraderSpec, Judges
+from metier.graders.base import Context, Grader, GraderSpec
 from metier.graders.fields import JsonFields
 from metier.graders.json_text import NotJson, parse
-from metier.graders.judge import ScoreModel
 from metier.graders.match import Exact, Regex, StringCheck
 from metier.graders.multi import Multi
 from metier.graders.python import PythonGrader
@@ -27,7 +26,6 @@ _SPECS: tuple[type[GraderSpec], ...] = (
     PythonGrader,
     StringCheck,
     TextSimilarity,
-    ScoreModel,
     Multi,
 )
 _TYPES = {spec.model_fields["type"].default: spec for spec in _SPECS}
@@ -39,8 +37,7 @@ def load_grader(
     spec: str | Mapping[str, Any],
     kind: Kind,
     answers: Sequence[str],
-    base_dir: Path | None,
-    judges: Judges | None = None,
+    base_dir: Path,
 ) -> Grader:
     """Build the grader that a task names.
 
@@ -56,9 +53,7 @@ def load_grader(
         spec: a short name, or a grader of the OpenAI schema (or ours) as a mapping.
         kind: kind of the task.
         answers: expected outputs of the task; a grader may refuse them.
-        base_dir: folder of task.yaml; None where the spec came with a request, which may name
-            neither a file nor a pattern.
-        judges: gives the model that a `score_model` grader asks.
+        base_dir: folder of task.yaml.
 
     Raises:
         ConfigError: the spec is unknown or wrong.
@@ -68,7 +63,7 @@ def load_grader(
     values = _expand(spec, kind, answers) if isinstance(spec, str) else spec
 
     def load(values: Mapping[str, Any], place: str) -> Grader:
-        context = Context(place, answers, base_dir, judges, load)
+        context = Context(place, answers, base_dir, load)
         return _spec_type(values, place).parse(values, place).build(context)
 
     return load(values, "grader")

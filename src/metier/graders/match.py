@@ -7,8 +7,7 @@ from typing import ClassVar, Literal
 
 from pydantic import field_validator
 
-from metier.errors import ConfigError
-from metier.graders.base import Comparison, Context, Grader, GraderSpec
+from metier.graders.base import Comparison, GraderSpec
 from metier.graders.wording import normalise, quote
 from metier.records import Example, Score
 
@@ -83,16 +82,6 @@ class Regex(GraderSpec):
         except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(f"is not a regular expression: {error}") from None
         return pattern
-
-    def build(self, context: Context) -> Grader:
-        """Refuse patterns that came with a request: a hostile one would never come to an end."""
-        if context.base_dir is None:
-            raise ConfigError(
-                context.place,
-                "a regular expression is not taken from a request",
-                "use string_check with operation like",
-            )
-        return self
 
     def grade(self, output: str, example: Example) -> Score:
         """1 when found (and its group equal), else 0."""

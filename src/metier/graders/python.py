@@ -54,11 +54,11 @@ class PythonGrader(GraderSpec):
 
     def build(self, context: Context) -> Grader:
         """Load the function."""
-        if self.path is None or context.base_dir is None or self.source is not None:
+        if self.path is None or self.source is not None:
             raise ConfigError(
                 context.place,
-                "a python grader is a function in a file that task.yaml names; code or a path that"
-                " came another way is not run",
+                "a python grader is a function in a file that task.yaml names; code in 'source' is"
+                " not run",
                 "put the function into a file and give 'path' and 'function' in task.yaml",
             )
         path = context.base_dir / self.path
