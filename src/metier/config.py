@@ -46,11 +46,6 @@ class Config(BaseModel):
         except ValidationError as error:
             raise _explain(cls, error, place) from None
 
-    def to_yaml(self) -> str:
-        """YAML text that `load` reads back to an equal config."""
-        values = self.model_dump(mode="json", exclude_unset=True)
-        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML file whose top level is a mapping; duplicate keys are refused."""

@@ -34,13 +34,10 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def load(path: Path, text: str) -> Task:
-    """The task as `metier run` would load it, and a check that it round-trips."""
+    """The task as `metier run` would load it."""
     file = path.with_name("task.yaml")
     file.write_text(text, "utf-8")
-    task = Task.load(file)
-    file.write_text(task.to_yaml(), "utf-8")
-    assert Task.load(file) == task
-    return task
+    return Task.load(file)
 
 
 def proposal(path: Path, rows: list[dict[str, Any]]) -> tuple[Task, str]:

@@ -280,8 +280,6 @@ def test_the_default_material_is_pythons_reference_and_generated_pairs(tmp_path)
     found = load_material(SETTINGS, tmp_path / "task.yaml")
     assert sum(map(len, found.texts)) > 60_000
     assert found.pairs == tuple(generate())
-    fewer = load_material(SETTINGS, tmp_path / "task.yaml", exclude=["assert", "class"])
-    assert len(fewer.texts) == len(found.texts) - 2
 
 
 def test_a_users_own_material_is_read_beside_the_task(tmp_path):

@@ -17,7 +17,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from metier.errors import ModelError
-from metier.model.adapters import add_lora, load_adapter, merge, save_adapter
+from metier.model.adapters import add_lora, load_adapter, save_adapter
 from metier.model.load import Base
 from metier.task import Lora
 
@@ -116,22 +116,6 @@ def test_what_is_saved_names_no_place_of_this_machine(
 def test_another_base_is_refused_by_hash(base: Base, saved: Path) -> None:
     with pytest.raises(ModelError, match="belongs to another base"):
         load_adapter(replace(fresh(base), hash="f" * 64), saved)
-
-
-def test_merged_weights_answer_the_same(base: Base) -> None:
-    model = trained(base)
-    before = logits(model)
-    merged = merge(model)
-    assert not any("lora" in name for name, _ in merged.named_parameters())
-    assert torch.allclose(logits(merged), before, atol=1e-4)
-    assert not torch.allclose(logits(base.model), before, atol=1e-3)
-
-
-def test_an_adapter_that_is_not_finite_is_not_merged(base: Base) -> None:
-    model = trained(base)
-    next(p for n, p in model.named_parameters() if "lora_B" in n).data[0] = float("nan")
-    with pytest.raises(ModelError, match="cannot be merged"):
-        merge(model)
 
 
 def edit(file: Path, **values: Any) -> None:

@@ -83,17 +83,11 @@ def read(name: str) -> list[Example]:
     return _READERS[name]()
 
 
-def topics(exclude: Iterable[str] = ()) -> list[str]:
-    """General English text: the topics of Python's language reference, by name.
-
-    Args:
-        exclude: names of topics to leave out.
-
-    """
+def topics() -> list[str]:
+    """General English text: the topics of Python's language reference, by name."""
     from pydoc_data.topics import topics as texts
 
-    left_out = set(exclude)
-    return [text for name, text in sorted(texts.items()) if name not in left_out]
+    return [text for _, text in sorted(texts.items())]
 
 
 def _documented(module: str) -> Iterator[Documented]:

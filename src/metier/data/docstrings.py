@@ -139,11 +139,11 @@ def description(docstring: str, words: int) -> str:
     return " ".join(tokens[: ends[-1] if ends else words])
 
 
-def mask(text: str, names: tuple[str, ...], blank: str = "___") -> str:
-    """Replace module names, their dotted submodules and their plurals, whatever their case."""
+def mask(text: str, names: tuple[str, ...]) -> str:
+    """Put a blank for module names, their dotted submodules and plurals, whatever their case."""
     alternatives = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
     pattern = rf"(?<![A-Za-z0-9])(?:{alternatives})s?(?:\.\w+)*(?![A-Za-z0-9])"
-    return re.sub(pattern, blank, text, flags=re.IGNORECASE)
+    return re.sub(pattern, "___", text, flags=re.IGNORECASE)
 
 
 def count_words(text: str) -> int:

@@ -184,7 +184,6 @@ class TokenFile:
         about: dict[str, Any] = json.loads(path.with_suffix(".json").read_text())
         self.name = path.stem
         self.text_bytes: int = about["bytes"]
-        self.documents: int = about["documents"]
         empty = path.stat().st_size == 0  # which cannot be mapped
         self.ids: NDArray[Any] = (
             np.zeros(0, dtype=about["dtype"])
@@ -207,15 +206,14 @@ def write_tokens(
     `encode` is given at most 2 MB of text at once, so a long document in several pieces.
     """
     dtype = "<u2" if vocabulary <= 65_536 else "<u4"
-    size, count = 0, 0
+    size = 0
     with path.open("wb") as handle:
         for batch in _batches(_pieces(texts)):
             size += sum(piece.bytes for piece in batch)
-            count += sum(piece.last for piece in batch)
             for piece, ids in zip(batch, encode([piece.text for piece in batch]), strict=True):
                 row = [bos] * piece.first + ids + [eos] * piece.last
                 handle.write(np.array(row, dtype=dtype).tobytes())
-    about = {"dtype": dtype, "bytes": size, "documents": count}
+    about = {"dtype": dtype, "bytes": size}
     path.with_suffix(".json").write_text(json.dumps(about))
 
 

@@ -85,13 +85,12 @@ class Ability(Config):
     """text: UTF-8 bytes of each window."""
 
 
-def load_material(settings: Forgetting, task_file: Path, exclude: Sequence[str] = ()) -> Material:
+def load_material(settings: Forgetting, task_file: Path) -> Material:
     """The user's texts and pairs; by default Python's language reference and generated pairs.
 
     Args:
         settings: section `forgetting` of the task.
         task_file: paths in `settings` are relative to it.
-        exclude: topics of the reference that belong to the task itself.
 
     Raises:
         DataError: a file cannot be read.
@@ -103,7 +102,7 @@ def load_material(settings: Forgetting, task_file: Path, exclude: Sequence[str] 
     else:
         from metier.data.builtin import topics
 
-        text, texts = "Python language reference", topics(exclude=exclude)
+        text, texts = "Python language reference", topics()
     if settings.pairs:
         skill = ", ".join(settings.pairs)
         found = minimal_pairs.read(resolve(path, task_file) for path in settings.pairs)

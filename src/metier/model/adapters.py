@@ -92,20 +92,6 @@ def load_adapter(base: Base, directory: Path) -> PeftModel:
     return model.eval()
 
 
-def merge(model: PeftModel) -> PreTrainedModel:
-    """Add the adapter's update to the base's weights (in place) and return the plain model.
-
-    Raises:
-        ModelError: the update is not finite.
-
-    """
-    try:
-        merged: PreTrainedModel = model.merge_and_unload(safe_merge=True)
-    except ValueError as error:
-        raise ModelError("adapter", f"cannot be merged ({error})", "train it again") from None
-    return merged
-
-
 def _check_base(base: Base, directory: Path) -> None:
     recorded = _read_json(directory / _RECORD).get("base_hash")
     if recorded != base.hash:
