@@ -37,4 +37,6 @@ def test_frequent_words_become_one_token(trained: Path) -> None:
 
 def test_a_vocabulary_too_small_for_all_bytes_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="below 262"):
-        train_bpe(["text"], 200, tmp_path)
+        train_bpe(["text"], 261, tmp_path)
+    train_bpe(["text"], 262, tmp_path)
+    assert Tokenizer.load(tmp_path).vocab_size == 262

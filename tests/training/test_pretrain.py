@@ -346,3 +346,9 @@ def test_held_out_text_without_a_window_is_said(tmp_path: Path) -> None:
     ]
     run(recipe(tmp_path, sources=sources, tokens=768), tmp_path / "out", Told())
     assert told[0] == "'nothing' has too little held-out text for a figure"
+
+
+def test_the_smallest_vocabulary_is_that_of_the_tokenizer() -> None:
+    assert module.Shape(vocabulary=262).vocabulary == 262
+    with pytest.raises(ConfigError, match="vocabulary"):
+        module.Shape.parse({"vocabulary": 261}, "shape")

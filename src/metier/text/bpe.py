@@ -12,6 +12,8 @@ from metier.errors import ConfigError
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 CONTROL_TOKENS = (BOS, EOS, PAD, *ROLES)
+SMALLEST = 256 + len(CONTROL_TOKENS)
+"""Tokens of the smallest vocabulary: control tokens and all bytes."""
 
 # Words with one leading space, numbers in runs of at most three digits, punctuation, line breaks:
 # the split that GPT-4-style tokenizers use, so that no token mixes these.
@@ -43,10 +45,9 @@ def train_bpe(texts: Iterable[str], vocabulary: int, directory: Path) -> None:
     from tokenizers import Regex as Pattern
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    smallest = 256 + len(CONTROL_TOKENS)
-    if vocabulary < smallest:
+    if vocabulary < SMALLEST:
         raise ConfigError(
-            "vocabulary", f"is {vocabulary}, below {smallest}", f"give at least {smallest}"
+            "vocabulary", f"is {vocabulary}, below {SMALLEST}", f"give at least {SMALLEST}"
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

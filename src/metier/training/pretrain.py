@@ -50,7 +50,7 @@ _BOS, _EOS, _PAD = (bpe.CONTROL_TOKENS.index(token) for token in (bpe.BOS, bpe.E
 class Shape(Config):
     """Size of a Llama-architecture decoder with tied embeddings."""
 
-    vocabulary: Annotated[int, Field(gt=262)] = 8192
+    vocabulary: Annotated[int, Field(ge=bpe.SMALLEST)] = 8192
     """Tokens of the byte-level BPE tokenizer trained first."""
     hidden: Annotated[int, Field(gt=0)] = 320
     """Width of the residual stream."""
