@@ -1,1 +1,1 @@
-"""Thin shells for people: the command line and the web pages."""
+"""Thin shells for people: the command line."""

@@ -1,4 +1,4 @@
-"""The one generation engine: evaluation, rollouts and serving all call it.
+"""The one generation engine: evaluation and serving both call it.
 
 Greedy answers come in batches of prompts of similar length; rows that have stopped leave their
 batch. How rows are read and written is in decoder.py.
