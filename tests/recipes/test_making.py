@@ -96,6 +96,22 @@ def test_a_limit_that_leaves_no_room_for_inputs_is_refused(
     making.check_room(*open_with(tmp_path, stories260k, max_new_tokens=6))
 
 
+def test_inputs_longer_than_the_context_are_named_as_the_cause(
+    tmp_path: Path, stories260k: Path
+) -> None:
+    bench, engine = open_with(tmp_path, stories260k, max_new_tokens=3)
+    question = {"role": "user", "content": "a long story " * 400}
+    rows = tuple(
+        dataclasses.replace(row, messages=(question, row.messages[-1]))
+        for row in bench.parts.validation
+    )
+    long = dataclasses.replace(bench, parts=dataclasses.replace(bench.parts, validation=rows))
+    with pytest.raises(ConfigError, match="context of 512 tokens is too short for") as caught:
+        making.check_room(long, engine)
+    assert caught.value.place == "base"
+    assert "base with a longer context" in caught.value.remedy
+
+
 def test_a_prompted_arm_answers_with_the_base_it_was_measured_with(
     tmp_path: Path, stories260k: Path
 ) -> None:

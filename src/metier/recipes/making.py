@@ -174,6 +174,15 @@ def check_room(bench: Workbench, engine: Engine) -> None:
     """
     fits = arms.room_in(engine)
     rows = bench.parts.validation
+    alone = [len(engine.renderer.prompt(row.prompt)) for row in rows]
+    long = sum(engine.context is not None and tokens >= engine.context for tokens in alone)
+    if 2 * long > len(rows):
+        raise ConfigError(
+            "base",
+            f"its context of {engine.context:,} tokens is too short for {long:,} of {len(rows):,} "
+            f"validation inputs, the longest of {max(alone):,} tokens, even without an answer",
+            "choose a base with a longer context, or shorten the inputs",
+        )
     cut = sum(not fits(row.prompt) for row in rows)
     if 2 * cut > len(rows):
         raise ConfigError(
