@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -72,6 +75,15 @@ def test_json_outputs_are_an_extraction(tmp_path: Path) -> None:
     assert "# Every output is JSON." in text
 
 
+@pytest.mark.parametrize("odd", ['{"n": NaN}', "[" * 100_000 + "]" * 100_000])
+def test_what_no_grader_takes_for_json_is_none(tmp_path: Path, odd: str) -> None:
+    rows = [{"text": s, "label": '{"n": 1}'} for s in sentences(50)]
+    rows[7]["label"] = odd
+    task, text = proposal(tmp_path / "a.jsonl", rows)
+    assert "Every output is JSON" not in text
+    assert task.grader != "fields"
+
+
 def test_spans_of_the_input_are_an_extraction(tmp_path: Path) -> None:
     rows = [{"question": s, "answer": " ".join(s.split()[2:4])} for s in sentences(300)]
     task, text = proposal(tmp_path / "a.jsonl", rows)
@@ -110,7 +122,7 @@ def test_unknown_columns_are_guessed_and_marked(tmp_path: Path) -> None:
     assert (task.data.columns.input, task.data.columns.output) == ("mr", "ref")
     assert "GUESS, please check: 'mr' is the input, 'ref' the output." in text
     wide = [
-        {"id": i, "body": s, "note": "", "team": "xy"[i % 2]} for i, s in enumerate(sentences(250))
+        {"id": i, "body": s, "note": "-", "team": "xy"[i % 2]} for i, s in enumerate(sentences(250))
     ]
     task, text = proposal(tmp_path / "b.jsonl", wide)
     assert (task.data.columns.input, task.data.columns.output) == ("body", "team")
@@ -250,7 +262,7 @@ def test_labels_of_all_official_parts_are_listed(tmp_path: Path) -> None:
     assert task.labels == ("a", "b", "c")
     assert (task.data.validation, task.data.test) == ("desk_devel.jsonl", "desk_test.jsonl")
     assert "# Official parts, found beside the file: the test file is the sealed part." in text
-    assert "About 51 test rows" in text
+    assert "About 51 different test inputs" in text
     assert "validation:" not in text.partition("split:")[2].partition("#")[0]
 
 
@@ -309,6 +321,57 @@ def test_long_rows_may_be_left_out(tmp_path: Path) -> None:
     task, text = proposal(tmp_path / "a.jsonl", rows)
     assert task.training.too_long == "drop"
     assert "# 1 rows may be longer than the 1,024 tokens the starter reads" in text
+    assert "CAREFUL" not in text
+
+
+def test_rows_that_are_nearly_all_too_long_need_another_base(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": s * (1 if i < 9 else 300), "completion": s} for i, s in enumerate(sentences(100))
+    ]
+    task, text = proposal(tmp_path / "a.jsonl", rows)
+    assert task.training.too_long == "refuse"
+    base = text.partition("kind:")[2].partition("base:")[0]
+    assert "# CAREFUL: 91 of 100 rows are longer than the 1,024 tokens the starter reads:" in base
+    assert "name a base with a longer context here, and raise training.max_length" in base
+
+
+def test_the_gain_that_can_be_found_is_found_in_four_of_five_runs(tmp_path: Path) -> None:
+    """Against a simulation: arms that differ on a fifth of the inputs, a bound over the margin."""
+    rows = [{"prompt": s, "completion": s[::-1]} for s in sentences(1000)]
+    task, text = proposal(tmp_path / "a.jsonl", rows)
+    found = re.search(r"About (\d+) different test inputs find a gain of (\d+) points", text)
+    assert found
+    count, gain = int(found[1]), int(found[2]) / 100
+    draws = np.random.default_rng(0)
+    chances = [(0.2 + gain) / 2, (0.2 - gain) / 2, 0.8]
+    runs = draws.choice([1, -1, 0], p=chances, size=(4000, count))
+    bounds = runs.mean(1) - 1.96 * runs.std(1, ddof=1) / math.sqrt(count)
+    assert 0.75 < (bounds > task.margin).mean() < 0.9
+
+
+def test_copies_of_an_input_add_no_power(tmp_path: Path) -> None:
+    rows = [{"prompt": s, "completion": s[::-1]} for s in sentences(300)]
+    about = re.compile(r"About \d+ different test inputs find a gain of \d+ points")
+    once = about.search(proposal(tmp_path / "a.jsonl", rows)[1])
+    often = about.search(proposal(tmp_path / "b.jsonl", rows * 5)[1])
+    assert once
+    assert often
+    assert once[0] == often[0]
+
+
+def test_a_task_that_cannot_be_run_says_why(tmp_path: Path) -> None:
+    rows = [{"prompt": s, "completion": "ab"[i % 2]} for i, s in enumerate(sentences(12))]
+    task, text = proposal(tmp_path / "a.jsonl", rows)
+    with pytest.raises(DataError, match="too few") as caught:
+        read_parts(task, tmp_path)
+    assert (
+        f"# CAREFUL: this task cannot be run yet. {caught.value.place}: {caught.value.cause}."
+        in text
+    )
+    rows = [{"prompt": s, "completion": "ab"[i % 2]} for i, s in enumerate(sentences(60))]
+    task, text = proposal(tmp_path / "b.jsonl", rows)
+    assert read_parts(task, tmp_path).test
+    assert "cannot be run" not in text
 
 
 def test_groups_and_official_parts_are_found(tmp_path: Path) -> None:
@@ -326,7 +389,7 @@ def test_groups_and_official_parts_are_found(tmp_path: Path) -> None:
         "train.jsonl", "dev.jsonl", "test.jsonl",
     )  # fmt: skip
     assert task.data.columns.group == "user_id"
-    assert "About 100 test rows can prove a gain" in text
+    assert "About 100 different test inputs find a gain" in text
     parts = read_parts(task, folder)
     assert len(parts.test) == 100
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from metier.config import Config
 from metier.data import prepare
+from metier.data.labels import alike
 from metier.data.split import PARTS, Parts
 from metier.records import Example
 from metier.task import Kind
@@ -96,7 +97,7 @@ def audit(parts: Parts, kind: Kind, near_duplicate: float) -> Audit:
         phones=_find(rows, lambda row: has_phone(_all_text(row))),
         cards=_find(rows, lambda row: has_card(_all_text(row))),
         removed=parts.removed,
-        warnings=parts.warnings,
+        warnings=(*parts.warnings, *alike(labels)),
     )
 
 

@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -200,7 +201,8 @@ def text_lines(path: Path, handle: BinaryIO, *, document: bool = False) -> Itera
             raise DataError(
                 place,
                 f"is not UTF-8: byte 0x{raw[error.start]:02X} at byte {offset + error.start}",
-                "save the file as UTF-8",
+                "save the file as UTF-8: in Excel as 'CSV UTF-8', or, where it is Windows-1252, by "
+                "'iconv -f CP1252 -t UTF-8 OLD > NEW'",
             ) from None
         if "\0" in text:
             raise DataError(
@@ -361,7 +363,11 @@ def _long_fields() -> Iterator[None]:
 
 def _table(path: Path, lines: Iterator[str], delimiter: str) -> Iterator[Row]:
     """Rows of a table with a header line, quoted as RFC 4180 says."""
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    first = "".join(islice(lines, 1))
+    # Where ',' separates decimals, Excel writes tables with ';'.
+    if delimiter == "," and ";" in first and "," not in first:
+        delimiter = ";"
+    reader = csv.reader(chain([first] if first else [], lines), delimiter=delimiter, strict=True)
     header: list[str] | None = None
     while True:
         place = f"{path}:{reader.line_num + 1}"
@@ -392,6 +398,7 @@ def _header(place: str, cells: list[str], delimiter: str) -> list[str]:
     names = [cell.strip() for cell in cells]
     if not any(names):
         raise DataError(place, "the header is blank", "name the columns in the first line")
+    names = [name or f"column {number}" for number, name in enumerate(names, start=1)]
     for name in names:
         if names.count(name) > 1:
             raise DataError(place, f"the column '{name}' stands twice", "rename one of the two")
@@ -400,7 +407,7 @@ def _header(place: str, cells: list[str], delimiter: str) -> list[str]:
         raise DataError(
             place,
             f"has one column, but {other!r} in its header",
-            "separate cells by ',' in .csv files and by tabs in .tsv files",
+            "separate cells by ',' or ';' in .csv files and by tabs in .tsv files",
         )
     return names
 

@@ -23,6 +23,7 @@ _PAIRS: dict[Format, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "prompt-completion": (("prompt", "input"), ("completion", "response", "output")),
 }
 _ALPACA_OUTPUT = ("output", "response")
+_CONTEXTS = ("context", "passage")
 _CHATS: dict[Format, str] = {"messages": "messages", "sharegpt": "conversations"}
 
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
@@ -38,7 +39,8 @@ class Layout:
         format: one of `metier.task.Format`, never ``auto``.
         input: column of the input, the instruction (Alpaca) or the whole chat.
         output: column of the expected output; empty for chats, which end with it.
-        context: Alpaca's second input column, or empty.
+        context: a second input column, which is put below the first (Alpaca's ``input``, the
+            context of a question), or empty.
 
     """
 
@@ -48,9 +50,14 @@ class Layout:
     context: str = ""
 
     @property
+    def inputs(self) -> tuple[str, ...]:
+        """The columns that make the input."""
+        return (self.input, self.context) if self.context else (self.input,)
+
+    @property
     def columns(self) -> tuple[str, ...]:
         """The columns that are read."""
-        return tuple(name for name in (self.input, self.context, self.output) if name)
+        return (*self.inputs, self.output) if self.output else self.inputs
 
 
 def find_layout(row: Row, format: Format, columns: Columns, answers: bool = True) -> Layout:  # noqa: A002
@@ -111,7 +118,7 @@ def _layout(
         return Layout(format, chat) if chat and not columns.output else None
     if format == "alpaca":
         instruction = _first(("instruction",), names)
-        context = columns.input or _first(("input",), names)
+        context = columns.input or _first(("input", *_CONTEXTS), names)
         output = columns.output or _first(_ALPACA_OUTPUT, names)
         if not instruction or not (output or not answers):
             return None
@@ -119,7 +126,10 @@ def _layout(
     inputs, outputs = _PAIRS[format]
     source = columns.input or _first(inputs, names)
     target = columns.output or _first(outputs, names)
-    return Layout(format, source, target) if source and (target or not answers) else None
+    if not source or not (target or not answers):
+        return None
+    asked = format == "question-answer" and not columns.input
+    return Layout(format, source, target, _first(_CONTEXTS, names) if asked else "")
 
 
 def _first(wanted: Iterable[str], names: tuple[str, ...]) -> str:

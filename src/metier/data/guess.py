@@ -24,7 +24,8 @@ _INPUT_NAMES = (
 _OUTPUT_NAMES = (
     "answer", "response", "completion", "output", "target", "expected", "label", "category",
     "class", "intent", "sentiment", "topic", "summary", "translation", "reply", "entities",
-    "reference", "ref",
+    "reference", "ref", "stars", "rating", "polarity", "emotion", "priority", "department",
+    "tag", "grade", "score",
 )  # fmt: skip
 TAGGED = (".conll", ".conllu", ".bio", ".iob")
 _TAG = re.compile(r"O|[BIESLU]-\S+")
@@ -60,7 +61,7 @@ def _guess(texts: Sequence[str], lists: Sequence[str], rows: Sequence[Row]) -> t
     values = {name: _values(name, rows) for name in outputs}
     length = {name: sum(len(str(v)) for v in values[name]) / len(values[name]) for name in outputs}
     few = [name for name in outputs if _distinct(rows, name) <= len(rows) / 5]
-    labels = [name for name in few if _distinct(rows, name) >= 2]
+    labels = _labels(few, rows)
     named = _named(_OUTPUT_NAMES, outputs if len(texts) > 1 else lists)
     output = next((name for name in named if name in labels), named[0] if named else "")
     rest = [name for name in texts if name != output]
@@ -79,6 +80,37 @@ def _guess(texts: Sequence[str], lists: Sequence[str], rows: Sequence[Row]) -> t
         default=max(others, key=length.__getitem__),
     )
     return source, output or fewest
+
+
+def runner_up(rows: Sequence[Row], layout: Layout) -> str:
+    """The column that may be the output instead of the one guessed, or nothing."""
+    free = [name for name in rows[0].values if name not in layout.columns and _usable(name, rows)]
+    named, labels = _named(_OUTPUT_NAMES, free), _labels(free, rows)
+    labels.sort(key=lambda name: (name not in named, _distinct(rows, name)))
+    return next(iter([*labels, *named]), "")
+
+
+def longer_than_input(rows: Sequence[Row], layout: Layout) -> list[str]:
+    """Columns that are not used though they hold more text than the input, as a context does."""
+    if not layout.output:
+        return []
+    free = [name for name in rows[0].values if name not in layout.columns and _usable(name, rows)]
+    used = sum(_words(name, rows) for name in layout.inputs)
+    return [name for name in free if _words(name, rows) > used]
+
+
+def _words(column: str, rows: Sequence[Row]) -> int:
+    return sum(len(str(value).split()) for value in _values(column, rows))
+
+
+def filled(rows: Sequence[Row]) -> list[str]:
+    """The columns that are not empty in every row."""
+    return [name for name in rows[0].values if _values(name, rows)]
+
+
+def _labels(names: Sequence[str], rows: Sequence[Row]) -> list[str]:
+    """The columns with few different values, but not one alone."""
+    return [name for name in names if 2 <= _distinct(rows, name) <= len(rows) / 5]
 
 
 def _named(wanted: Sequence[str], names: Sequence[str]) -> list[str]:
@@ -127,20 +159,25 @@ def tagged_error(path: Path) -> DataError:
 
 
 def refuse_empty(rows: Sequence[Row], layout: Layout) -> None:
-    """Name all rows without an output at once, so that the file is mended once."""
+    """Name all rows without an input or output at once, so that the file is mended once."""
     if not layout.output:
         return
-    empty = [row for row in rows if str(row.values.get(layout.output) or "").strip() == ""]
-    empty = [row for row in empty if row.values.get(layout.output) != 0]
-    if empty:
+    for what, columns in (("input", layout.inputs), ("output", (layout.output,))):
+        empty = [row for row in rows if all(_blank(row.values.get(name)) for name in columns)]
+        if not empty:
+            continue
         lines = ", ".join(row.place.rpartition(":")[2] for row in empty[:10])
         more = ", ..." if len(empty) > 10 else ""
         raise DataError(
             empty[0].place,
-            f"column '{layout.output}': the output is empty in {len(empty):,} of {len(rows):,} "
+            f"column '{columns[0]}': the {what} is empty in {len(empty):,} of {len(rows):,} "
             f"rows (lines {lines}{more})",
-            "fill it or drop these rows; remove the column if it is not the output",
+            f"fill it or drop these rows; remove the column if it is not the {what}",
         )
+
+
+def _blank(value: Any) -> bool:
+    return value != 0 and not str(value or "").strip()
 
 
 def pair_of(layout: Layout) -> Columns:

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -17,16 +17,22 @@ import yaml
 from metier.data import guess, limits, prepare
 from metier.data.files import Row, read_rows
 from metier.data.formats import Layout
+from metier.data.labels import alike, refuse_same
 from metier.data.sources import read_examples
+from metier.data.split import read_parts
 from metier.errors import DataError
+from metier.graders import json_text
 from metier.records import Example
 from metier.task import Columns, Kind, Task
-from metier.graders import json_text
 
 _FILE_NAMES = ("train", "trainset", "data", "dataset", "examples", "rows", "dev", "devset", "test")
 _SMALL = 200
+# Share of rows without which next to nothing is left.
+_NEARLY_ALL = 0.9
 # Share of test rows on which two arms differ, in a typical comparison.
 _DIFFERING = 0.2
+# Standard errors by which a gain must pass the margin: 1.96 for the bound, 0.84 for 4 runs of 5.
+_POWER = 2.8
 _WORDING: dict[Kind, dict[str, str]] = {
     "classification": {
         "good": "The one label that fits the input, spelled exactly as in the list of labels.",
@@ -82,9 +88,28 @@ def propose(path: Path, task_dir: Path | None = None) -> str:
     text.add("data", {**parts, **_data(layout, columns)}, *about)
     _add_words(text, kind, [*examples, *chain.from_iterable(held.values())])
     _add_arms(text, kind, examples)
-    _add_limits(text, kind, examples, {part: len(found) for part, found in held.items()})
-    Task.parse(text.values, f"proposal for {path}")
+    _add_limits(text, kind, examples, held)
+    task = Task.parse(text.values, f"proposal for {path}")
+    if _distinct(examples) < _SMALL:
+        text.head += _unusable(task, task_dir or path.parent)
     return str(text)
+
+
+def _distinct(examples: Sequence[Example]) -> int:
+    """Number of different inputs."""
+    return len({prepare.normalise(prepare.text_of(row)) for row in examples})
+
+
+def _unusable(task: Task, task_dir: Path) -> list[str]:
+    """What 'metier audit' would refuse the data for, if anything."""
+    try:
+        read_parts(task, task_dir)
+    except DataError as error:
+        return [
+            f"CAREFUL: this task cannot be run yet. {error.place}: {error.cause}.",
+            error.remedy,
+        ]
+    return []
 
 
 @dataclass
@@ -93,16 +118,24 @@ class _Text:
 
     values: dict[str, Any] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
+    head: list[str] = field(
+        default_factory=lambda: [
+            "Proposed from the data. Read it, mend what was guessed wrong, then run it."
+        ]
+    )
 
     def add(self, key: str, value: Any, *comments: str) -> None:
         """Append a key with its value."""
         self.values[key] = value
         dumped = yaml.safe_dump({key: value}, sort_keys=False, allow_unicode=True, width=100)
-        self.lines += [*(f"# {_one_line(comment)}" for comment in comments), dumped]
+        self.lines += [*_comments(comments), dumped]
 
     def __str__(self) -> str:
-        head = "# Proposed from the data. Read it, mend what was guessed wrong, then run it.\n\n"
-        return head + "\n".join(self.lines)
+        return "\n".join([*_comments(self.head), "", *self.lines])
+
+
+def _comments(texts: Iterable[str]) -> list[str]:
+    return [f"# {_one_line(text)}" for text in texts]
 
 
 def _one_line(text: str) -> str:
@@ -165,23 +198,37 @@ def _data(layout: Layout, columns: Columns) -> dict[str, Any]:
 
 
 def _about_data(rows: Sequence[Row], layout: Layout, columns: Columns, sure: bool) -> list[str]:
-    said = f"{len(rows):,} rows with the columns {', '.join(rows[0].values)}."
-    if sure:
-        comments = [f"{said} They fit the format {layout.format}."]
-    else:
-        comments = [
-            f"{said} No known format has them.",
-            f"GUESS, please check: '{layout.input}' is the input, '{layout.output}' the output.",
-        ]
+    filled = guess.filled(rows)
+    longer = guess.longer_than_input(rows, layout)
+    part = " in part" if longer else ""
+    fit = f"They fit the format {layout.format}{part}" if sure else "No known format has them"
+    comments = [f"{len(rows):,} rows with the columns {', '.join(filled)}. {fit}."]
+    if layout.context:
+        comments.append(f"The input is '{layout.input}' with '{layout.context}' below it.")
+    if not sure or longer:
+        comments.append(_guessed(rows, layout))
     used = {*layout.columns, columns.id, columns.group}
-    unused = [name for name in rows[0].values if name not in used and name != "tools"]
+    unused = [name for name in filled if name not in used and name != "tools"]
     if unused:
         comments.append(f"Not used: {', '.join(unused)}.")
+    if longer:
+        comments.append(
+            f"CAREFUL: there is more text in {', '.join(longer)} than in the input. Where the "
+            "output depends on it, put it into the input."
+        )
     if columns.group:
         comments.append(f"Rows with the same '{columns.group}' stay in one part of the split.")
     else:
         comments.append("Name columns.group where rows belong together (a customer, a document).")
     return comments
+
+
+def _guessed(rows: Sequence[Row], layout: Layout) -> str:
+    other = guess.runner_up(rows, layout)
+    doubt = f" (or is it '{other}'?)" if other else ""
+    return (
+        f"GUESS, please check: '{layout.input}' is the input, '{layout.output}' the output{doubt}."
+    )
 
 
 def _about_parts(parts: Mapping[str, str]) -> list[str]:
@@ -230,9 +277,13 @@ def _add_words(text: _Text, kind: Kind, examples: Sequence[Example]) -> None:
     asked = json_text.ask_for_keys([row.answer for row in examples]) or words["instruction"]
     text.add("instruction", asked, "What prompted arms tell the model to do.")
     if kind == "classification":
+        refuse_same(examples)
         counts = Counter(row.answer.strip() for row in examples)
         rare = sorted(label for label, count in counts.items() if count < 10)
-        comments = ["The closed set of labels."]
+        comments = [
+            "The closed set of labels.",
+            *(f"CAREFUL: {text}." for text in alike(counts)),
+        ]
         if rare:
             comments.append(f"Fewer than 10 rows: {json.dumps(rare[:10], ensure_ascii=False)}.")
         text.add("labels", sorted(counts), *comments, *_about_lists(counts))
@@ -254,6 +305,14 @@ def _about_lists(counts: Counter[str]) -> list[str]:
 
 def _add_arms(text: _Text, kind: Kind, examples: Sequence[Example]) -> None:
     about = ["The base that ships with metier; or a path, a Hub name, a list."]
+    long = _too_long(examples)
+    if long > _NEARLY_ALL * len(examples):
+        about += [
+            f"CAREFUL: {long:,} of {len(examples):,} rows are longer than the {limits.CONTEXT:,} "
+            "tokens the starter reads:",
+            "name a base with a longer context here, and raise training.max_length: the longest "
+            f"row has about {max(map(_tokens, examples)):,} tokens.",
+        ]
     if kind == "expansion":
         about.append("It is very small: for free text, name a larger one if you have one.")
     text.add("base", "starter", *about)
@@ -278,10 +337,10 @@ def _grader(kind: Kind, answers: Sequence[str]) -> tuple[str, str]:
 
 
 def _add_limits(
-    text: _Text, kind: Kind, examples: Sequence[Example], held: Mapping[str, int]
+    text: _Text, kind: Kind, examples: Sequence[Example], held: Mapping[str, Sequence[Example]]
 ) -> None:
     split, comments = _split(examples)
-    sizes = limits.part_sizes(len(examples), split, held)
+    sizes = limits.part_sizes(len(examples), split, {p: len(rows) for p, rows in held.items()})
     caps = limits.caps(kind, examples, sizes)
     if caps:
         comments += [
@@ -290,27 +349,39 @@ def _add_limits(
         ]
     shown = {key: value for key, value in split.items() if key not in held}
     text.add("split", shown | caps, *comments)
-    test = caps.get("max_test", sizes["test"])
-    gain = 100 * 1.96 * math.sqrt(_DIFFERING / max(test, 1))
-    text.add(
-        "margin",
-        0.02 if test >= 100 else 0.05,
-        "The smallest gain over the best simpler arm that is worth shipping a tuned model.",
-        f"About {test:,} test rows can prove a gain of {gain:.0f} points or more "
-        f"where arms differ on {_DIFFERING:.0%} of them.",
-    )
+    _add_margin(text, held.get("test", examples), caps.get("max_test", sizes["test"]))
     text.add("budget", limits.BUDGET, "Minutes for the whole run; 'metier plan' estimates them.")
-    long = sum(
-        limits.tokens(row.input) + limits.tokens(row.answer) > 0.9 * limits.CONTEXT
-        for row in examples
-    )
-    if long:
+    long = _too_long(examples)
+    if 0 < long <= _NEARLY_ALL * len(examples):
         text.add(
             "training",
             {"too_long": "drop"},
             f"{long:,} rows may be longer than the {limits.CONTEXT:,} tokens the starter reads:",
             "those are left out of training and counted. 'refuse' stops instead.",
         )
+
+
+def _add_margin(text: _Text, source: Sequence[Example], rows: int) -> None:
+    """The margin, and the gain that so many test rows from a source can find."""
+    different = max(1, round(rows * _distinct(source) / len(source)))
+    margin = 0.02 if different >= 100 else 0.05
+    gain = 100 * (margin + _POWER * math.sqrt(_DIFFERING / different))
+    text.add(
+        "margin",
+        margin,
+        "The smallest gain over the best simpler arm that is worth shipping a tuned model.",
+        f"About {different:,} different test inputs find a gain of {gain:.0f} points in 4 of 5 "
+        f"runs, where arms differ on {_DIFFERING:.0%} of them.",
+    )
+
+
+def _tokens(row: Example) -> int:
+    return limits.tokens(row.input) + limits.tokens(row.answer)
+
+
+def _too_long(examples: Sequence[Example]) -> int:
+    """Rows that the starter may not be able to read."""
+    return sum(_tokens(row) > 0.9 * limits.CONTEXT for row in examples)
 
 
 def _split(examples: Sequence[Example]) -> tuple[dict[str, Any], list[str]]:

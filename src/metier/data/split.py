@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Literal
 
 from metier.data import prepare
+from metier.data.labels import refuse_same
 from metier.data.sources import read_examples
 from metier.errors import DataError
 from metier.records import Example
@@ -142,6 +143,8 @@ def assemble(
     placed += [(row, "test") for row in test or ()]
     placed = sorted(_with_own_ids(placed), key=lambda pair: pair[0].id)
     rows = [row for row, _ in placed]
+    if kind == "classification":
+        refuse_same(rows)
     part = {row.id: where for row, where in placed}
 
     cluster = _near_duplicates(rows, config.near_duplicate)
