@@ -1,9 +1,13 @@
+import dataclasses
+import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from metier import recipes
 from metier.model import device
 from metier.progress import Silent
 from metier.recipes import tuning
@@ -30,4 +34,48 @@ def test_a_full_model_is_kept_in_what_the_device_computes_in(
     tuning.tune(bench, Arm.of("full"), 0, out, tmp_path / "scratch", Silent())
     weights = load_file(out / "model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {dtype}
-    assert tuning.read_facts(out).seconds > 0
+    facts = tuning.read_facts(out)
+    assert facts.seconds > 0
+    assert facts.skipped == 0
+    assert tuning.notes([facts]) == []
+
+
+def test_skipped_steps_are_told_of_every_seed(
+    tmp_path: Path, stories260k: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first gradient of each training is made infinite."""
+    clip = torch.nn.utils.clip_grad_norm_
+    norms = iter([math.inf] + [1.0] * 99)
+    monkeypatch.setattr(
+        torch.nn.utils, "clip_grad_norm_", lambda *given: clip(*given) * next(norms)
+    )
+    training = {"epochs": 1, "seeds": [0], "max_length": 128, "batch_size": 16}
+    task = write_task(tmp_path, stories260k, training=training)
+    bench, out = open_workbench(read_task(task), tmp_path), tmp_path / "made"
+    out.mkdir()
+    tuning.tune(bench, Arm.of("lora"), 0, out, tmp_path / "scratch", Silent())
+    facts = tuning.read_facts(out)
+    assert facts.skipped == 1
+    (note,) = tuning.notes([facts, dataclasses.replace(facts, steps=6, skipped=2)])
+    assert note.startswith(f"3 of {facts.steps + 6} training steps changed nothing")
+
+
+def test_rows_left_out_are_told_once() -> None:
+    facts = tuning.Facts(0, 9, 9, 1.0, 1.0, 1, (), "", {"training rows": 4})
+    assert tuning.notes([facts, facts]) == ["4 training rows were left out as too long"]
+    assert tuning.notes([]) == []
+
+
+def test_skipped_steps_stand_in_the_verdict(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(finished, tmp_path / "copy")
+    read = tuning.read_facts
+    monkeypatch.setattr(
+        tuning, "read_facts", lambda path: dataclasses.replace(read(path), skipped=1)
+    )
+    verdict = recipes.run(tmp_path / "copy" / "task.yaml", tmp_path / "copy" / "run")
+    told = {
+        arm.arm: "training steps changed nothing" in " ".join(arm.notes) for arm in verdict.arms
+    }
+    assert told == {"prompt": False, "classical": False, "lora": True, "lora/head": True}

@@ -97,8 +97,8 @@ class Killed(BaseException):
 
 
 class DyingStream(Stream):
-    def __init__(self, at: int) -> None:
-        super().__init__()
+    def __init__(self, at: int, poison: set[int] | None = None) -> None:
+        super().__init__(poison=poison)
         self.at = at
 
     def step(self, index: int) -> list[Points]:
@@ -184,6 +184,16 @@ def test_one_bad_gradient_is_skipped_and_three_in_a_row_stop_the_run() -> None:
     _, loop = make(Stream(poison={3, 4, 5}))
     with pytest.raises(TrainingError, match="not finite 3 times"):
         loop.run()
+
+
+def test_bad_gradients_are_counted_over_an_interruption(tmp_path: Path) -> None:
+    _, loop = make(DyingStream(5, poison={3, 4}), directory=tmp_path)
+    with pytest.raises(Killed):
+        loop.run()
+    _, loop = make(Stream(poison={5}), directory=tmp_path)
+    with pytest.raises(TrainingError, match="not finite 3 times"):
+        loop.run()
+    assert loop.state.skipped == 3
 
 
 def test_early_stopping_keeps_the_best_parameters(tmp_path: Path) -> None:

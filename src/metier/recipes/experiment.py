@@ -360,8 +360,6 @@ class Experiment:
         counted = [item.completion for graded in candidate.validation for item in graded]
         pairs = [(item.completion.text, item.example, item.score) for item in answers]
         remote = self._bench.task.remote if candidate.arm.method == "remote" else None
-        dropped = facts[0].dropped if facts else {}
-        notes = [f"{count} {rows} were left out as too long" for rows, count in dropped.items()]
         return Measured(
             arm=candidate.arm,
             scores=_scores(candidate.test),
@@ -378,7 +376,7 @@ class Experiment:
             peak_memory=max([candidate.peak_memory, *(f.peak_memory for f in facts)]),
             token_prices=(remote.input_price, remote.output_price) if remote else None,
             forgetting=candidate.forgetting,
-            notes=(*candidate.notes, *notes),
+            notes=(*candidate.notes, *tuning.notes(facts)),
         )
 
     def _facts(self, candidate: Candidate) -> list[tuning.Facts]:

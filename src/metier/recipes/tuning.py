@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ class Facts:
         curve: one point per pass over the data.
         sample: one training example as text, trained tokens marked.
         dropped: training and validation rows left out as too long.
+        skipped: steps that changed nothing, as their gradient was not finite.
 
     """
 
@@ -49,6 +51,7 @@ class Facts:
     curve: tuple[CurvePoint, ...]
     sample: str
     dropped: dict[str, int]
+    skipped: int = 0
 
 
 def tune(
@@ -84,6 +87,20 @@ def read_facts(directory: Path) -> Facts:
     values: dict[str, Any] = json.loads((directory / _FACTS).read_text("utf-8"))
     values["curve"] = tuple(CurvePoint(**point) for point in values["curve"])
     return Facts(**values)
+
+
+def notes(trainings: Sequence[Facts]) -> list[str]:
+    """What a reader must know of the trainings of an arm, one for each seed; none: nothing."""
+    dropped = trainings[0].dropped if trainings else {}
+    found = [f"{count} {rows} were left out as too long" for rows, count in dropped.items()]
+    skipped = sum(facts.skipped for facts in trainings)
+    if skipped:
+        steps = sum(facts.steps for facts in trainings)
+        found.append(
+            f"{skipped:,} of {steps:,} training steps changed nothing, as their gradient was not a "
+            "finite number: where they are many, lower training.learning_rate"
+        )
+    return found
 
 
 def _weights_dtype(arm: Arm) -> Any:
@@ -164,5 +181,6 @@ def _write_facts(
         "curve": state.curve,
         "sample": train.sample,
         "dropped": train.dropped | validation.dropped,
+        "skipped": state.skipped,
     }
     (directory / _FACTS).write_text(json.dumps(facts, ensure_ascii=False), "utf-8")

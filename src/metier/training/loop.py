@@ -78,6 +78,9 @@ class State:
     best_step: int = 0
     waited: int = 0
     skipped: int = 0
+    """Steps that changed nothing, as their gradient was not finite."""
+    skipped_in_a_row: int = 0
+    """Such steps since the last that was not one."""
     curve: list[dict[str, float]] = field(default_factory=list)
     """One entry per evaluation: step, train_loss since the one before, validation_loss."""
     finished: bool = False
@@ -147,7 +150,6 @@ class Loop(Generic[B]):
         self._best: dict[str, Tensor] = {}
         self._log: list[str] = []
         self._peaks = [[group["lr"] for group in opt.param_groups] for opt in optimizers]
-        self._bad_in_a_row = 0
         self.state = State()
 
     def run(self) -> State:
@@ -197,7 +199,7 @@ class Loop(Generic[B]):
         limit = self._plan.clip or math.inf
         norm = float(nn.utils.clip_grad_norm_(gradients, limit))
         if math.isfinite(norm):
-            self._bad_in_a_row = 0
+            self.state.skipped_in_a_row = 0
             factor = self._plan.schedule(step)
             for optimizer, peaks in zip(self._optimizers, self._peaks, strict=True):
                 for group, peak in zip(optimizer.param_groups, peaks, strict=True):
@@ -211,8 +213,8 @@ class Loop(Generic[B]):
 
     def _skip(self, step: int) -> None:
         self.state.skipped += 1
-        self._bad_in_a_row += 1
-        if self._bad_in_a_row >= _BAD_STEPS:
+        self.state.skipped_in_a_row += 1
+        if self.state.skipped_in_a_row >= _BAD_STEPS:
             raise TrainingError(
                 f"step {step}",
                 f"the gradient was not finite {_BAD_STEPS} times in a row",
