@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, FiniteFloat, field_validator, model_validator
 
 from metier.config import Config
 
@@ -99,7 +99,7 @@ class Lora(Config):
 
     rank: Annotated[int, Field(gt=0, le=512)] = 16
     """Rank of the update."""
-    alpha: Annotated[float, Field(gt=0)] = 32
+    alpha: Annotated[FiniteFloat, Field(gt=0)] = 32
     """The update is scaled by alpha / rank."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the adapter's input."""
@@ -144,7 +144,7 @@ class Forgetting(Config):
     """General text files; by default, Python's own language reference topics."""
     pairs: tuple[str, ...] = ()
     """JSONL files with `good` and `bad` sentences; by default generated minimal pairs."""
-    text_tolerance: Annotated[float, Field(ge=0)] = 0.05
+    text_tolerance: Annotated[FiniteFloat, Field(ge=0)] = 0.05
     """Largest rise of bits per byte that is accepted, as a share of the base's."""
     skill_tolerance: Annotated[float, Field(ge=0, le=1)] = 0.03
     """Largest fall of minimal-pair accuracy that is accepted."""
@@ -168,9 +168,9 @@ class Remote(Config):
     """Name of the model there."""
     api_key_env: str = "OPENAI_API_KEY"
     """Environment variable that holds the key."""
-    input_price: Annotated[float, Field(ge=0)] = 0.0
+    input_price: Annotated[FiniteFloat, Field(ge=0)] = 0.0
     """Price of a million prompt tokens."""
-    output_price: Annotated[float, Field(ge=0)] = 0.0
+    output_price: Annotated[FiniteFloat, Field(ge=0)] = 0.0
     """Price of a million written tokens."""
 
 
@@ -247,7 +247,7 @@ class Task(Config):
     """A tuned arm must beat the best simpler arm by more than this to be worth shipping."""
     budget: Annotated[float, Field(gt=0)] = 60.0
     """Minutes the whole run may take."""
-    machine_hour: Annotated[float, Field(ge=0)] = 0.10
+    machine_hour: Annotated[FiniteFloat, Field(ge=0)] = 0.10
     """Price of one hour of this machine, for cost per 1,000 requests."""
     currency: str = "USD"
     """Currency of all prices."""

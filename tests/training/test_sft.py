@@ -1,3 +1,4 @@
+import math
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from metier.model.load import Base, load_base
 from metier.records import Example
 from metier.task import Lora, Training
 from metier.text.template import Renderer
-from metier.training.batches import Row, cut
+from metier.training.batches import PaddedBatch, Row, cut
 from metier.training.classify import head_loss, label_rows
+from metier.training.loop import State
 from metier.training.preflight import prepare
 from metier.training.sft import answer_loss, default_learning_rate, fit
 
@@ -53,6 +55,23 @@ def test_training_learns_the_answers(stories260k: Path, method: str) -> None:
     losses = [point["validation_loss"] for point in state.curve]
     assert losses[-1] < losses[0] / 2
     assert state.best_loss == min(losses)
+
+
+def test_a_validation_loss_that_is_never_finite_is_refused() -> None:
+    def train(*factors: float) -> State:
+        model, left = torch.nn.Linear(1, 1), iter(factors)
+
+        def loss(_: PaddedBatch) -> torch.Tensor:
+            value = model(torch.ones(1)).sum() ** 2
+            return value if torch.is_grad_enabled() else value * next(left)
+
+        rows = [Row((1, 2, 3), (False, True, True))]
+        training = Training(epochs=len(factors), patience=0)
+        return fit(model, loss, rows, rows, training, learning_rate=1e-3, seed=0, pad_id=0)
+
+    with pytest.raises(TrainingError, match="never a finite number in 2 evaluations"):
+        train(math.inf, math.nan)
+    assert train(math.inf, 1.0).best_step == 2, "control: one finite loss is enough"
 
 
 def test_the_loss_is_cross_entropy_on_the_answer_alone(stories260k: Path) -> None:

@@ -7,6 +7,7 @@ in place and keeps the parameters of its best validation loss. With
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from metier.errors import TrainingError
 from metier.model.backbone import inner, output_weight
 from metier.progress import Progress, Silent
 from metier.task import Training
@@ -68,7 +70,8 @@ def fit(
         steps, seconds, best loss, learning curve.
 
     Raises:
-        TrainingError: the gradient was not finite three times in a row.
+        TrainingError: the gradient was not finite three times in a row, or the validation loss
+            never was.
 
     """
     batches = row_batches(train, training, seed=seed, pad_id=pad_id)
@@ -88,7 +91,14 @@ def fit(
         evaluate=evaluate if held_out else None,
         progress=progress or Silent(),
     )
-    return loop.run()
+    state = loop.run()
+    if held_out and not math.isfinite(state.best_loss):
+        raise TrainingError(
+            "validation part",
+            f"its loss was never a finite number in {len(state.curve)} evaluations",
+            "lower training.learning_rate, or look whether the base gives numbers at all",
+        )
+    return state
 
 
 def default_learning_rate(model: Model, *, full: bool) -> float:
