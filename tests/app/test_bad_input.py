@@ -27,6 +27,7 @@ PRETRAIN: dict[str, Any] = {
     "tokens": 20_000,
     "sources": [{"name": "corpus", "files": ["corpus.jsonl"]}],
 }
+INFINITE = float("inf")
 NOWHERE = {"base_url": "nowhere", "model": "m", "api_key_env": "PATH"}
 REMOTE = {"base_url": "http://127.0.0.1:9/v1", "model": "m", "api_key_env": "NO_SUCH_KEY"}
 
@@ -172,6 +173,14 @@ FIELDS = {
     "margin is NaN": Bad({"margin": float("nan")}, "margin", "."),
     "budget is NaN": Bad({"budget": float("nan")}, "budget", "."),
     "split leaves nothing": Bad({"split": {"test": 0.6, "validation": 0.5}}, "split", "nothing"),
+    "infinite price of time": Bad({"machine_hour": INFINITE}, "machine_hour", "finite"),
+    "infinite prices": Bad(
+        {"remote": REMOTE | {"input_price": INFINITE}}, "remote.input_price", "finite"
+    ),
+    "infinite scale": Bad({"training": {"lora": {"alpha": INFINITE}}}, "lora.alpha", "finite"),
+    "infinite tolerance": Bad(
+        {"forgetting": {"text_tolerance": INFINITE}}, "text_tolerance", "finite"
+    ),
     "budget of zero": Bad({"budget": 0}, "budget", "greater than 0"),
     "unknown arm": Bad({"arms": ["lorra"]}, "arms", "'lorra' is no arm"),
     "unknown mode": Bad({"arms": ["lora/heads"]}, "arms", "'heads' is no mode"),
@@ -244,6 +253,11 @@ OVERRIDES = {
 def test_wrong_override(place: Path, bad: Bad) -> None:
     refuse(bad, "run", "task.yaml", "--set", bad.change)
     refuse(bad, "audit", "task.yaml", "--set", bad.change)
+
+
+@pytest.mark.parametrize("arm", ["lorra", "lora', 'prompt", "lora]", 'lora"', "{}", ""])
+def test_wrong_arm_to_train(place: Path, arm: str) -> None:
+    refuse(Bad(None, "arms", f"'{re.escape(arm)}' is no arm"), "train", "task.yaml", arm)
 
 
 def test_a_demo_that_cannot_run_leaves_nothing(place: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -187,7 +188,7 @@ def train(
     from metier.task import Task
 
     set_threads()
-    overrides = [*overrides, f"arms=['{arm}']"]
+    overrides = [*overrides, f"arms={json.dumps([arm])}"]
     directory = run_directory(Task.load(task_file, overrides).name, out)
     return train_one(task_file, directory, overrides, budget, progress or Silent())
 
