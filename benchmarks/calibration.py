@@ -99,7 +99,9 @@ def simulate(setting: Setting, tasks: int, seed: int) -> Iterator[Simulated]:
         names = [Arm(method=method) for method in SIMPLER[: len(simpler)]]
         names += [Arm(method="lora", base=str(number)) for number in range(len(tuned))]
         arms = [
-            Measured(arm, on_test, on_validation, latency_p50=0.1, latency_p95=0.2)
+            Measured(
+                arm, on_test, on_validation, latency_mean=0.1, latency_p50=0.1, latency_p95=0.2
+            )
             for arm, on_test, on_validation in zip(names, test, validation, strict=True)
         ]
         yield Simulated(arms, clusters, setting)

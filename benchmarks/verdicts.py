@@ -26,7 +26,7 @@ WORK = Path("runs/verdicts")
 BEGIN, END = "<!-- verdicts -->\n", "<!-- /verdicts -->"
 
 INIT = "metier init {source} --out {work}/task.yaml --force"
-RUN = "metier run {work}/task.yaml --out {work}/run"
+RUN = "metier run {work}/task.yaml --out {work}/run --budget 240"
 PREPARE = "python examples/prepare.py {name} {data}/{name} {work}"
 
 TASKS = {
@@ -98,9 +98,9 @@ def row(name: str, verdict: Verdict) -> str:
     simpler = ", ".join(shown(arm, verdict) for arm in verdict.arms if not arm.tuned)
     tuned = ", ".join(shown(arm, verdict) for arm in verdict.arms if arm.tuned)
     size = f"{verdict.data.train:,} / {verdict.data.test:,}"
-    decided = {"ship": "ship", "use-simpler": "use"}[verdict.decision]
+    decided = {"ship": "ship ", "use-simpler": "use ", "none": "nothing yet"}[verdict.decision]
     minutes = f"{verdict.seconds / 60:.0f}"
-    return f"| `{name}` | {size} | {simpler} | {tuned} | {decided} {verdict.arm} | {minutes} |"
+    return f"| `{name}` | {size} | {simpler} | {tuned} | {decided}{verdict.arm} | {minutes} |"
 
 
 def shown(arm: ArmResult, verdict: Verdict) -> str:

@@ -43,6 +43,12 @@ def test_a_changed_score_is_noticed(verdicts: ModuleType) -> None:
     assert verdicts.row("stdlib", changed) not in PAGE.read_text("utf-8")
 
 
+def test_a_verdict_that_would_ship_nothing_names_no_arm(verdicts: ModuleType) -> None:
+    changes = {"decision": "none", "arm": "", "seconds": 60.0}
+    line = verdicts.row("stdlib", verdicts.read("stdlib").model_copy(update=changes))
+    assert line.endswith("| nothing yet | 1 |")
+
+
 @pytest.mark.parametrize("document", [PAGE, CARD], ids=lambda path: path.name)
 def test_blimp_is_quoted_as_measured(document: Path) -> None:
     (row,) = json.loads((ROOT / "benchmarks/results/blimp.json").read_text("utf-8"))["rows"]

@@ -30,6 +30,7 @@ def arm(name: str, *right: int, on_validation: int | None = None, **values: obje
     defaults: dict[str, object] = {
         "scores": np.array([row(each) for each in right]),
         "validation": np.array([row(share, examples=VALIDATION)] * len(right)),
+        "latency_mean": 0.1,
         "latency_p50": 0.1,
         "latency_p95": 0.2,
         "prompt_tokens": 60.0,

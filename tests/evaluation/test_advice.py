@@ -7,6 +7,9 @@ import re
 import numpy as np
 import pytest
 
+from metier.evaluation.advice import over_budget
+from metier.task import Forgetting, Training
+
 from .measured_arms import SIMPLER, arm, around, kept, lost, row, verdict_of
 from .test_explain import plain
 
@@ -69,8 +72,16 @@ def test_a_lower_margin_is_named_with_its_condition():
 
 
 def test_a_forgetful_arm_is_told_the_tolerance_it_would_need():
-    found = changes(*SIMPLER, arm("lora", 250, 251, 252, forgetting=(lost(),)))
-    assert "a tolerance above 11.0 points instead of 3.0 would accept what it lost" in found
+    worse = kept().model_copy(update={"loss": around(0.1, 0.0904), "holds": False})
+    found = verdict_of(*SIMPLER, arm("lora", 250, 251, 252, forgetting=(worse, lost(0.1, 0.02))))
+    text, skill, less = found.what_would_change
+    assert "forgetting.text_tolerance: 0.191 in task.yaml (now 0.05)" in text
+    assert "forgetting.skill_tolerance: 0.121 in task.yaml (now 0.03)" in skill
+    assert "smaller training.learning_rate" in less
+    for part, key in zip(found.arms[3].forgetting, ("0.191", "0.121"), strict=True):
+        assert part.loss.high <= float(key)
+    assert {"text_tolerance", "skill_tolerance"} <= Forgetting.model_fields.keys()
+    assert "learning_rate" in Training.model_fields
 
 
 def test_a_doubtful_reference_asks_for_more_validation():
@@ -164,8 +175,8 @@ def notes_of(tuned) -> str:
 
 def test_a_head_is_said_to_have_changed_its_model_unmeasured():
     said = (
-        "The model under its head was changed, too; what it forgot was not measured, since the arm "
-        "names labels only and writes no text."
+        "It is not held to the rule on forgetting: the model under its head was changed, too, but "
+        "it names labels only and cannot write text."
     )
     assert notes_of(arm("lora/head", 250, 251, 252, forgetting=())) == said
     assert notes_of(LORA) == ""

@@ -119,8 +119,8 @@ def test_what_was_forgotten_bars_an_arm():
     assert not found.qualifies
 
 
-def test_cost_is_median_time_at_the_price_of_a_machine_hour():
-    found = compared(arm("prompt", 90, latency_p50=3.6), machine_hour=0.5)
+def test_cost_is_mean_time_at_the_price_of_a_machine_hour():
+    found = compared(arm("prompt", 90, latency_mean=3.6, latency_p50=0.1), machine_hour=0.5)
     assert found["prompt"].cost == pytest.approx(0.5)
 
 
@@ -131,11 +131,11 @@ def test_an_endpoint_costs_what_its_tokens_cost():
 
 
 def test_all_trainings_are_paid_back_by_cheaper_requests_or_never():
-    slow = arm("few-shot", 150, latency_p50=1.0)
-    fast = arm("lora", 250, 251, 252, latency_p50=0.1, training_seconds=300.0)
+    slow = arm("few-shot", 150, latency_mean=1.0)
+    fast = arm("lora", 250, 251, 252, latency_mean=0.1, training_seconds=300.0)
     assert compared(slow, fast)["lora"].break_even == pytest.approx(3 * 300 / 0.9)
-    assert compared(fast, arm("classical", 210, latency_p50=0.1))["lora"].break_even is None
-    assert compared(slow, arm("rag", 100, latency_p50=0.1))["rag"].break_even is None
+    assert compared(fast, arm("classical", 210, latency_mean=0.1))["lora"].break_even is None
+    assert compared(slow, arm("rag", 100, latency_mean=0.1))["rag"].break_even is None
 
 
 @pytest.mark.parametrize("wrong", [np.nan, 1.2, -0.1, np.inf])

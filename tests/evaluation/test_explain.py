@@ -38,6 +38,16 @@ def test_forgetting_that_was_not_measured_is_said():
     )
 
 
+def test_a_head_is_said_not_to_be_held_to_the_rule_on_forgetting():
+    found = verdict_of(*SIMPLER, arm("lora/head", 250, 251, 252, forgetting=()))
+    assert found.arm == "lora/head"
+    assert found.headline.endswith(
+        "; a head writes no text, so it is not held to the rule on forgetting."
+    )
+    assert "not held to the rule on forgetting" in found.reasons[0]
+    assert "a classification head is not held to this, since it cannot write text" in found.rule
+
+
 @pytest.mark.parametrize(
     ("scores", "margin", "end"),
     [
@@ -107,12 +117,27 @@ def test_nothing_tuned_and_nothing_learnt_have_headlines_of_their_own():
     )
 
 
+def test_a_reference_that_is_no_use_is_not_recommended():
+    forgetful = arm("lora", 250, 251, 252, forgetting=(lost(),))
+    assert headline(arm("prompt", 0), forgetful, kind="extraction") == (
+        "Nothing can be shipped yet: lora scores 83.7 %, +83.7 points (95 % interval +79.5 to "
+        "+87.9, p = 0.00010), but it forgot more than the tolerance allows (skill: pairs); the "
+        "best simpler arm on validation, prompt (0.0 %), does no better than giving no useful "
+        "answer (2.0 % or less)."
+    )
+    assert headline(arm("prompt", 0, on_validation=90), arm("rag", 99), kind="extraction") == (
+        "Nothing can be shipped yet: the best simpler arm on validation, prompt (0.0 %), does no "
+        "better than giving no useful answer (2.0 % or less); nothing was tuned."
+    )
+
+
 def test_a_gain_below_the_commonest_label_is_not_praised():
     better = arm("remote", 290)
     found = verdict_of(*SIMPLER, better, LORA, commonest=260)
-    assert plain(found.headline).endswith(
-        ", but it does no better than always answering the commonest label (86.7 %)."
-    )
+    assert (
+        ", but it does no better than always answering the commonest label (86.7 %); the best "
+        "simpler arm"
+    ) in plain(found.headline)
     assert "It does no better than always answering" in found.reasons[0]
 
 
@@ -130,7 +155,7 @@ def test_every_tuned_arm_and_remote_has_a_reason():
 
 
 def test_cheaper_requests_repay_the_training_in_words():
-    slow = arm("few-shot", 150, latency_p50=1.0)
+    slow = arm("few-shot", 150, latency_mean=1.0)
     found = verdict_of(slow, LORA, commonest=10)
     assert found.reasons[0].endswith("which repays the training after 1,000 requests.")
 

@@ -152,7 +152,7 @@ def numbers(value: Any, place: str = "") -> dict[str, float]:
 REFERENCE = arm(
     "classical", 0.0, score=Estimate(mean=0.611, low=0.572, high=0.653), validation_score=0.634,
     latency_p50=0.00217, latency_p95=0.00341, prompt_tokens=31.7, completion_tokens=4.3,
-    training_seconds=5.27, peak_memory=317_000_000, cost_per_1000=0.0000731,
+    training_seconds=5.27, peak_memory=2_190_000_000, cost_per_1000=0.0000731,
     metrics={"macro_f1": 0.5931},
 )  # fmt: skip
 TUNED = ArmResult.model_validate({
@@ -163,7 +163,8 @@ TUNED = ArmResult.model_validate({
     "p_margin": 0.0038, "test": "sign-flip permutation",
     "seeds": [{"seed": 17, "test_score": 0.747, "validation_loss": 0.5192, "steps": 1367,
                "seconds": 262.0}],
-    "latency_p50": 0.149, "latency_p95": 0.253, "prompt_tokens": 63.6, "completion_tokens": 7.9,
+    "latency_p50": 0.149, "latency_p95": 0.253, "latency_mean": 0.163,
+    "latency_requests": 47, "prompt_tokens": 63.6, "completion_tokens": 7.9,
     "training_seconds": 259.0, "peak_memory": 2_190_000_000, "cost_per_1000": 0.00563,
     "break_even_requests": 41877.0,
     "forgetting": [
@@ -207,7 +208,7 @@ WRITTEN = {
     ".arms.0.prompt_tokens": "31.7 +",
     ".arms.0.completion_tokens": "+ 4.3",
     ".arms.0.training_seconds": "5.27 s",
-    ".arms.0.peak_memory": "317 MB",
+    ".arms.0.peak_memory": "at its peak: 2.19 GB",
     ".arms.0.cost_per_1000": "EUR 0.0000731",
     ".arms.1.score.mean": "74.2 %",
     ".arms.1.score.low": "71.3 % to",
@@ -229,9 +230,11 @@ WRITTEN = {
     ".arms.1.latency_p50": "149 ms",
     ".arms.1.latency_p95": "253 ms",
     ".arms.1.prompt_tokens": "63.6 +",
+    ".arms.1.latency_mean": "163 ms",
+    ".arms.1.latency_requests": "253 ms of 47 requests",
     ".arms.1.completion_tokens": "+ 7.9",
     ".arms.1.training_seconds": "4 min 19 s",
-    ".arms.1.peak_memory": "2.19 GB",
+    ".arms.1.peak_memory": "at its peak: 2.19 GB",
     ".arms.1.cost_per_1000": "EUR 0.00563",
     ".arms.1.break_even_requests": "41,877",
     ".arms.1.forgetting.0.before.mean": "before 1.812",
@@ -275,6 +278,18 @@ def test_a_number_that_is_missing_from_the_page_is_noticed():
 
 
 def test_every_text_of_a_verdict_stands_in_the_page(case):
+def test_memory_is_that_of_the_whole_process_once():
+    written = spoken(render_report(*shipping()))
+    assert written.count("2.41 GB") == 1
+    assert "how much each of them needs cannot be told" in written
+    assert "1.83 GB" not in written
+
+
+def test_a_head_is_said_not_to_be_held_to_the_rule_on_forgetting():
+    page = spoken(render_report(*shipping()))
+    assert "not held to this, since it cannot write text" in page
+
+
     verdict, _, page = case
     text = plainly(read(page).text)
     words = [verdict.headline, verdict.rule, verdict.command, verdict.made, verdict.task,
@@ -315,6 +330,22 @@ def test_the_decision_and_its_numbers_come_first():
 
 
 def test_who_clears_the_margin_is_said_in_words():
+def test_where_nothing_can_be_shipped_no_arm_is_named_as_the_one_to_use():
+    verdict = ALL["simpler"]()[0].model_copy(update={"decision": "none", "arm": ""})
+    html = render_report(verdict, [])
+    page = read(html)
+    head = plainly(page.one("header").text)
+    assert "Nothing can be shipped yet" in head
+    assert "the arm to use" not in head
+    assert "the reference: best simpler arm" in head
+    assert "the tuned arm nearest to being shipped" in head
+    assert "use this" not in page.text
+    assert "<title>tickets: nothing yet</title>" in html
+    shown = lines(verdict)
+    assert shown[0].strip() == "NOTHING CAN BE SHIPPED YET"
+    assert not any("→" in line for line in shown)
+
+
     page = read(render_report(*ALL["simpler"]()))
     bounds = [plainly(node.text) for node in page.one("main").all("span", "bound")]
     assert bounds == ["bound -0.9, does not clear it", "bound -4.1, does not clear it"]

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from sklearn.metrics import confusion_matrix
 
 from metier.errors import ConfigError, RunError
+from metier.evaluation import runner
 from metier.evaluation.runner import (
-    LATENCY_REQUESTS,
     Graded,
     confusion,
     evaluate,
+    latency_seconds,
     load_graded,
     measure_latency,
     save_graded,
@@ -125,7 +126,7 @@ def test_a_real_model_can_be_evaluated(stories260k):
     graded = evaluate(engine, [example("a", "Once upon a time"), example("b", "there was")], grader)
     assert [item.completion.completion_tokens for item in graded] == [8, 8]
     assert all(0 <= item.score.value <= 1 for item in graded)
-    assert measure_latency(engine, [graded[0].example.prompt])[0] > 0
+    assert measure_latency(engine, [graded[0].example.prompt]).p50 > 0
 
 
 class Sleeper(Echo):
@@ -136,14 +137,29 @@ class Sleeper(Echo):
         return super().generate(chats)
 
 
+def sleeps(seconds):
+    return [[{"role": "user", "content": str(each)}] for each in seconds]
+
+
 def test_latency_is_of_one_request_alone_after_a_warm_up():
-    seconds = [0.3, 0.001, 0.001, 0.1] * 2 + [0.001] * 9
-    chats = [[{"role": "user", "content": str(s)}] for s in seconds]
-    arm = Sleeper()
-    p50, p95 = measure_latency(arm, chats)
-    assert [len(call) for call in arm.calls] == [1] * LATENCY_REQUESTS
-    assert 0.001 <= p50 < 0.2
-    assert p95 >= 0.3
+    found = measure_latency(arm := Sleeper(), sleeps([0.3, 0.001, 0.3, 0.3, 0.3] + [0.001] * 60))
+    assert [len(call) for call in arm.calls] == [1] * 51
+    assert found.requests == 50
+    assert 0.001 <= found.p50 < 0.2 < found.p95
+    assert found.p50 < (1.2 + 46 * 0.001) / 50 <= found.mean
+
+
+def test_slow_requests_are_timed_for_some_seconds_only(monkeypatch):
+    monkeypatch.setattr(runner, "_TIMED_SECONDS", 0.2)
+    assert measure_latency(Sleeper(), sleeps([0.05] * 60)).requests == 12
+    assert 12 < measure_latency(Sleeper(), sleeps([0.012] * 60)).requests < 50
+    assert measure_latency(Sleeper(), sleeps([0.05] * 3)).requests == 3
+
+
+def test_the_time_that_timing_takes_is_bounded_as_it_is_measured():
+    assert latency_seconds(0.1) == pytest.approx(51 * 0.1)
+    assert latency_seconds(0.5) == pytest.approx(10 + 2 * 0.5)
+    assert latency_seconds(9.0) == pytest.approx(13 * 9.0)
 
 
 SCORES = st.builds(

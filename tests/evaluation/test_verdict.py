@@ -36,8 +36,16 @@ def test_a_gain_inside_the_noise_is_not():
 
 def test_a_gain_that_ends_below_the_commonest_label_is_not():
     found = verdict_of(*SIMPLER, LORA, commonest=260)
-    assert found.decision == "use-simpler"
+    assert (found.decision, found.arm) == ("none", "")
     assert found.arms[3].adjusted_low > found.margin
+
+
+def test_a_reference_no_better_than_chance_is_not_to_be_used_either():
+    forgetful = arm("lora", 250, 251, 252, forgetting=(lost(),))
+    found = verdict_of(arm("prompt", 0), forgetful, kind="extraction")
+    assert (found.decision, found.arm, found.reference) == ("none", "", "prompt")
+    assert verdict_of(arm("prompt", 90), forgetful, kind="extraction").arm == "prompt"
+    assert verdict_of(arm("prompt", 0), LORA, kind="extraction").arm == "lora"
 
 
 def test_clusters_count_whole():
@@ -129,7 +137,8 @@ def test_any_scores_end_in_a_whole_verdict(simpler, tuned, size, kind):
         for each in found.arms
         if each.tuned and each.adjusted_low > found.margin and each.p_adjusted < 0.05
     ]
-    assert found.decision == "use-simpler" or found.arm in {each.arm for each in qualified}
+    assert found.decision != "ship" or found.arm in {each.arm for each in qualified}
+    assert (found.decision == "none") == (found.arm == "")
     words = (found.headline, *found.reasons, *found.what_would_change, *found.notes)
     assert all(text.endswith(".") and "nan" not in text and "inf " not in text for text in words)
     assert Verdict.model_validate_json(found.model_dump_json()) == found

@@ -9,7 +9,6 @@ from metier.evaluation import statistics, units
 from metier.evaluation.comparison import Compared
 from metier.evaluation.phrases import (
     ENOUGH_SEEDS,
-    UNMEASURED,
     Chance,
     Outcome,
     bound_in_points,
@@ -19,17 +18,13 @@ from metier.evaluation.phrases import (
     listed,
     loss_of,
     margin_in_points,
-    number,
     points,
+    unmeasured,
 )
 from metier.evaluation.schema import Forgotten
 
 _SMALL_TEST = 100
 _FEW_CLUSTERS = 50
-_HEAD = (
-    "The model under its head was changed, too; what it forgot was not measured, since the arm "
-    "names labels only and writes no text."
-)
 _GUESSED = 0.5  # the accuracy of guessing which sentence of a pair is the better one
 _PROMPTED = ("prompt", "few-shot", "rag")
 
@@ -58,10 +53,17 @@ def what_would_change(outcome: Outcome) -> tuple[str, ...]:
 def _obstacles(each: Compared) -> Iterable[str]:
     """What bars an arm besides its bound."""
     for part in each.forgot:
+        key = "text_tolerance" if part.lower_is_better else "skill_tolerance"
+        enough = math.ceil(part.loss.high * 1_000) / 1_000
         yield (
-            f"{each.name} must keep {part.name}: a tolerance above {loss_of(part, part.loss.high)} "
-            f"instead of {number(part.tolerance)} would accept what it lost; less training, or "
-            "general text among the training data, loses less."
+            f"{each.name} must keep {part.name}, of which it may have lost "
+            f"{loss_of(part, part.loss.high)}: if you can live with that, say so with "
+            f"forgetting.{key}: {enough:g} in task.yaml (now {part.tolerance:g})."
+        )
+    if each.forgot:
+        yield (
+            "A smaller training.learning_rate, fewer training.epochs, or general text among the "
+            "training data, forgets less."
         )
     if each.proven and each.not_beaten:
         yield (
@@ -154,6 +156,17 @@ def _of_the_test(outcome: Outcome) -> Iterable[str]:
 
 def _few_seeds(seeds: int) -> str:
     if seeds == 1:
+def over_budget(seconds: float, minutes: float) -> tuple[str, ...]:
+    """That a run took longer than it was allowed to, if it did."""
+    if seconds <= minutes * 60:
+        return ()
+    took, budget = units.seconds(seconds), units.seconds(minutes * 60)
+    return (
+        f"The run took {took} of a budget of {budget}: only the estimate before it is held to the "
+        "budget.",
+    )
+
+
         return (
             "was trained with one seed: its interval speaks of this one model, not of what "
             "another training would give."
@@ -217,10 +230,8 @@ def arm_notes(each: Compared, outcome: Outcome) -> tuple[str, ...]:
     if each.measured.arm.tuned:
         if len(each.measured.scores) < ENOUGH_SEEDS:
             notes.append(f"It {_few_seeds(len(each.measured.scores))}")
-        if each.measured.arm.mode == "head":
-            notes.append(_HEAD)
-        elif not each.measured.forgetting:
-            notes.append(UNMEASURED)
+        if not each.measured.forgetting:
+            notes.append(unmeasured(each))
         notes += [_unseen(part) for part in each.measured.forgetting if _near_chance(part)]
     return tuple(notes)
 

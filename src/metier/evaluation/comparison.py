@@ -25,14 +25,16 @@ class Measured:
         scores: between 0 and 1 on the sealed test part, shape (seeds, examples); one row for an
             arm that is not trained with seeds.
         validation: the same on the validation part, shape (seeds, validation examples).
-        latency_p50: seconds for one request alone, median.
+        latency_mean: seconds for one request alone.
+        latency_p50: the same, median.
         latency_p95: the same, 95th percentile.
         prompt_tokens: mean per request.
         completion_tokens: mean per request.
         metrics: further metrics of the task.
         seeds: one result per training of a tuned arm.
+        latency_requests: how many requests were timed.
         training_seconds: of one training, mean over seeds.
-        peak_memory: bytes.
+        peak_memory: bytes of the whole process.
         token_prices: of a million prompt and a million written tokens, where an endpoint bills
             them; None: the time of this machine is what a request costs.
         forgetting: general abilities before and after tuning.
@@ -43,12 +45,14 @@ class Measured:
     arm: Arm
     scores: statistics.Floats
     validation: statistics.Floats
+    latency_mean: float
     latency_p50: float
     latency_p95: float
     prompt_tokens: float = 0.0
     completion_tokens: float = 0.0
     metrics: Mapping[str, float] = field(default_factory=dict)
     seeds: tuple[SeedResult, ...] = ()
+    latency_requests: int = 0
     training_seconds: float = 0.0
     peak_memory: int = 0
     token_prices: tuple[float, float] | None = None
@@ -219,11 +223,11 @@ def _against(
 
 
 def _cost_per_1000(arm: Measured, machine_hour: float) -> float:
-    """Price of 1,000 requests answered one after the other, each in the median time."""
+    """Price of 1,000 requests answered one after the other."""
     if arm.token_prices is not None:
         prompt, completion = arm.token_prices
         return (arm.prompt_tokens * prompt + arm.completion_tokens * completion) / 1_000
-    return arm.latency_p50 * 1_000 / 3_600 * machine_hour
+    return arm.latency_mean * 1_000 / 3_600 * machine_hour
 
 
 def _not_beaten(
@@ -277,8 +281,10 @@ def arm_result(each: Compared, notes: Sequence[str]) -> ArmResult:
         adjusted_low=each.adjusted_low,
         test=each.tested.test if each.tested else "",
         seeds=measured.seeds,
+        latency_mean=measured.latency_mean,
         latency_p50=measured.latency_p50,
         latency_p95=measured.latency_p95,
+        latency_requests=measured.latency_requests,
         prompt_tokens=measured.prompt_tokens,
         completion_tokens=measured.completion_tokens,
         training_seconds=measured.training_seconds,

@@ -8,7 +8,6 @@ from metier.evaluation import units
 from metier.evaluation.comparison import Compared
 from metier.evaluation.phrases import (
     ENOUGH_SEEDS,
-    UNMEASURED,
     Outcome,
     bound_in_points,
     counted,
@@ -18,6 +17,7 @@ from metier.evaluation.phrases import (
     loss_of,
     margin_in_points,
     number,
+    unmeasured,
 )
 from metier.evaluation.schema import Forgotten
 
@@ -36,8 +36,10 @@ def rule(margin: float) -> str:
         "may have chosen a wrong reference), and it scores above answers without any "
         "understanding, such as always the commonest label. Third, for every ability "
         "measured before and after tuning, the upper end of the 95 % interval of the loss lies "
-        "within the tolerance. Of several such arms the best on validation is shipped; if there "
-        "is none, use the reference. An arm that asks a remote model is compared and reported, "
+        "within the tolerance; an arm with a classification head is not held to this, since it "
+        "cannot write text. Of several such arms the best on validation is shipped; if there "
+        "is none, use the reference, and if that does no better than answers without any "
+        "understanding, nothing yet. An arm that asks a remote model is compared and reported, "
         "but is neither the reference nor shipped."
     )
 
@@ -51,6 +53,8 @@ def headline(outcome: Outcome) -> str:
             f"Nothing works yet: the best simpler arm on validation, {reference.name}, scores "
             f"{score}, and no arm does better than {outcome.chance.words}."
         )
+    if outcome.chosen is None:
+        return f"Nothing can be shipped yet: {_nothing(outcome)}."
     if contender is None:
         return (
             f"Use {reference.name}: {score} (95 % interval {units.percent(reference.score.low)} "
@@ -69,7 +73,24 @@ def headline(outcome: Outcome) -> str:
     )
 
 
+def _nothing(outcome: Outcome) -> str:
+    """Why no arm is good enough though one of them does better than chance."""
+    reference, contender = outcome.reference, outcome.contender
+    simpler = (
+        f"the best simpler arm on validation, {reference.name} "
+        f"({units.percent(reference.score.mean)}), does no better than {outcome.chance.words}"
+    )
+    if contender is None:
+        return f"{simpler}; nothing was tuned"
+    return (
+        f"{contender.name} scores {units.percent(contender.score.mean)}, "
+        f"{gain(contender, outcome)}{_but(contender, outcome)}; {simpler}"
+    )
+
+
 def _kept(each: Compared) -> str:
+    if each.measured.arm.mode == "head":
+        return "; a head writes no text, so it is not held to the rule on forgetting"
     if not each.measured.forgetting:
         return "; what it forgot was not measured"
     return ", nothing forgotten beyond tolerance"
@@ -147,7 +168,9 @@ def _reason(each: Compared, outcome: Outcome) -> str:
         sentences.append("On so few examples the permutation test does not confirm it.")
     sentences += [_forgotten(part) for part in each.forgot]
     if each is outcome.winner:
-        kept = "Nothing forgotten beyond tolerance." if each.measured.forgetting else UNMEASURED
+        kept = (
+            "Nothing forgotten beyond tolerance." if each.measured.forgetting else unmeasured(each)
+        )
         sentences += [kept, _money(each, outcome)]
     elif outcome.winner and each.qualifies:
         sentences.append(

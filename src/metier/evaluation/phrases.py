@@ -11,7 +11,11 @@ from metier.evaluation.schema import DataSummary, Forgotten
 from metier.task import Kind
 
 ENOUGH_SEEDS = 3
-UNMEASURED = "What it forgot was not measured."
+_UNMEASURED = "What it forgot was not measured."
+_HEAD = (
+    "It is not held to the rule on forgetting: the model under its head was changed, too, but it "
+    "names labels only and cannot write text."
+)
 _MINUS = "\u2212"
 
 
@@ -62,6 +66,11 @@ class Outcome:
     def tuned(self) -> tuple[Compared, ...]:
         """The tuned arms: Holm's correction is over these."""
         return tuple(each for each in self.arms if each.measured.arm.tuned)
+
+    @property
+    def chosen(self) -> Compared | None:
+        """The arm to use: the winner, else the reference if it does better than chance."""
+        return self.winner or (self.reference if self.reference.above_chance else None)
 
     @property
     def hopeless(self) -> bool:
@@ -122,6 +131,11 @@ def listed(names: Iterable[str]) -> str:
     """Names as a list in a sentence."""
     words = list(names)
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def unmeasured(each: Compared) -> str:
+    """Why nothing is said of what a tuned arm forgot."""
+    return _HEAD if each.measured.arm.mode == "head" else _UNMEASURED
 
 
 def loss_of(part: Forgotten, value: float) -> str:

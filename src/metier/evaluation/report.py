@@ -40,6 +40,11 @@ _WRITERS = (
     units.money,
     units.probability,
 )
+_DECISIONS = {
+    "ship": "SHIP",
+    "use-simpler": "USE THE SIMPLER ARM",
+    "none": "NOTHING CAN BE SHIPPED YET",
+}
 _FOLDED_FROM = 240
 """Characters from which a text of an example is folded."""
 _LONGEST_TEXT = 4000
@@ -188,16 +193,17 @@ class Figure:
 
 def key_figures(verdict: Verdict) -> list[Figure]:
     """The arm to use, what it was measured against, and the bound that decided."""
-    chosen = _arm(verdict, verdict.arm)
     reference = _arm(verdict, verdict.reference)
     contender = _contender(verdict)
-    figures = [_score_figure(chosen, "the arm to use")]
-    if reference is not chosen:
+    figures = []
+    if verdict.arm:
+        figures.append(_score_figure(_arm(verdict, verdict.arm), "the arm to use"))
+    if verdict.reference != verdict.arm:
         figures.append(_score_figure(reference, "the reference: best simpler arm"))
     if contender is None:
         return figures
-    if contender is not chosen:
-        figures.append(_score_figure(contender, "the tuned arm nearest to it"))
+    if verdict.contender != verdict.arm:
+        figures.append(_score_figure(contender, "the tuned arm nearest to being shipped"))
     if contender.difference is not None:
         figures.append(
             Figure(
@@ -265,8 +271,7 @@ def terminal_table(verdict: Verdict) -> RenderableType:
     from rich.console import Group
     from rich.text import Text
 
-    decision = "SHIP" if verdict.decision == "ship" else "USE THE SIMPLER ARM"
-    lines = [Text(decision, style="bold"), _safe(verdict.headline)]
+    lines = [Text(_DECISIONS[verdict.decision], style="bold"), _safe(verdict.headline)]
     lines += [_safe(f"Read with care: {note}") for note in verdict.notes]
     return Group(*lines, _table(verdict))
 

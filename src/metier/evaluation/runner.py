@@ -23,8 +23,7 @@ from metier.records import Chat, Completion, Example, Generator, Score, input_te
 from metier.runs import write_atomic
 
 FILE = "graded.jsonl"
-LATENCY_REQUESTS = 13
-"""Requests that `measure_latency` makes at most."""
+_MOST_TIMED, _FEWEST_TIMED, _TIMED_SECONDS = 50, 12, 10.0
 _CHUNK = 64
 _LONGEST_CONVERSATION = 3000  # characters; of texts over 4,000 the report cuts the end
 
@@ -120,20 +119,44 @@ def _read_line(line: str, example: Example) -> Graded:
     return Graded(example, Completion(**row["completion"]), Score(**row["score"]))
 
 
-def measure_latency(generator: Generator, chats: Sequence[Chat]) -> tuple[float, float]:
-    """Median and 95th percentile of seconds for one request alone.
+@dataclass(frozen=True, slots=True)
+class Latency:
+    """Seconds for one request alone.
 
-    At most `LATENCY_REQUESTS` are made, one at a time; the first warms up and does not count. The
-    percentiles interpolate between the times measured: with few chats the 95th is near the slowest.
+    Attributes:
+        mean: of the times measured; so many requests take so many times the mean.
+        p50: their median.
+        p95: their 95th percentile, interpolated: of few times it is near the slowest.
+        requests: how many were timed.
+
+    """
+
+    mean: float = 0.0
+    p50: float = 0.0
+    p95: float = 0.0
+    requests: int = 0
+
+
+def measure_latency(generator: Generator, chats: Sequence[Chat]) -> Latency:
+    """Time requests one at a time, each chat once; a first one warms up and does not count.
+
+    At most 50 are timed; where they are slow it ends after 10 seconds, but not before 12.
     """
     generator.generate([chats[0]])
-    seconds = []
-    for chat in chats[: LATENCY_REQUESTS - 1]:
+    seconds: list[float] = []
+    for chat in chats[:_MOST_TIMED]:
+        if len(seconds) >= _FEWEST_TIMED and sum(seconds) > _TIMED_SECONDS:
+            break
         start = time.perf_counter()
         generator.generate([chat])
         seconds.append(time.perf_counter() - start)
     p50, p95 = np.percentile(seconds, [50, 95])
-    return float(p50), float(p95)
+    return Latency(float(np.mean(seconds)), float(p50), float(p95), len(seconds))
+
+
+def latency_seconds(each: float) -> float:
+    """About how long `measure_latency` takes at most, where a request takes `each` seconds."""
+    return each + min(_MOST_TIMED * each, max(_FEWEST_TIMED * each, _TIMED_SECONDS + each))
 
 
 def save_graded(directory: Path, graded: Sequence[Graded]) -> None:

@@ -92,10 +92,15 @@ class ArmResult(Config):
     """Which test gave the p-value."""
     seeds: tuple[SeedResult, ...] = ()
     """One result per training of a tuned arm."""
+    latency_mean: float | None = None
+    """Seconds for one request alone; None where it was not recorded, and cost rests on the median.
+    """
     latency_p50: float
-    """Seconds for one request alone, median."""
+    """Seconds, median."""
     latency_p95: float
     """Seconds, 95th percentile."""
+    latency_requests: int | None = None
+    """How many requests were timed; None where it was not recorded."""
     prompt_tokens: float
     """Mean per request."""
     completion_tokens: float
@@ -103,7 +108,8 @@ class ArmResult(Config):
     training_seconds: float = 0.0
     """Mean per seed."""
     peak_memory: int = 0
-    """Bytes, of the process, at its highest."""
+    """Bytes of the whole process at its highest, while this arm was trained or answered. Memory
+    that earlier arms left in it counts as well: arms cannot be compared by it."""
     cost_per_1000: float = 0.0
     """Price of 1,000 requests: of their tokens, or of the machine's time one after the other."""
     break_even_requests: float | None = None
@@ -143,10 +149,11 @@ class Verdict(Config):
     """Name of the task."""
     kind: str
     """classification, extraction or expansion."""
-    decision: Literal["ship", "use-simpler"]
-    """Ship a tuned arm, or use the reference."""
+    decision: Literal["ship", "use-simpler", "none"]
+    """Ship a tuned arm, use the reference, or neither: none may be shipped, and the reference does
+    no better than answers without any understanding."""
     arm: str
-    """The arm to use."""
+    """The arm to use; empty where there is none."""
     reference: str
     """The best simpler arm, chosen on validation."""
     headline: str

@@ -1,4 +1,6 @@
-"""The decision: ship a tuned arm, or use the best simpler one. The rule in words is `explain.rule`.
+"""The decision: ship a tuned arm, use the best simpler one, or neither.
+
+The rule in words is `explain.rule`.
 
 What an arm scored comes from the runner as `Measured`, numbers are compared in `comparison`, and
 this module applies the rule. Chosen on validation: the reference, and the winner among tuned arms
@@ -111,12 +113,12 @@ def chance(task: Task, expected: Sequence[str], labels: Sequence[str]) -> Chance
 
 
 def _verdict(task: Task, outcome: Outcome) -> Verdict:
-    chosen = outcome.winner or outcome.reference
+    chosen = outcome.chosen
     return Verdict(
         task=task.name,
         kind=task.kind,
-        decision="ship" if outcome.winner else "use-simpler",
-        arm=chosen.name,
+        decision="ship" if outcome.winner else "use-simpler" if chosen else "none",
+        arm=chosen.name if chosen else "",
         reference=outcome.reference.name,
         contender=outcome.contender.name if outcome.contender else "",
         headline=explain.headline(outcome),

@@ -11,7 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +21,7 @@ from metier import runs
 from metier.config import Config
 from metier.data.ledger import open_test
 from metier.errors import ConfigError, RunError
-from metier.evaluation import forgetting, runner
+from metier.evaluation import advice, forgetting, runner
 from metier.evaluation.comparison import Measured
 from metier.evaluation.report import write_report
 from metier.evaluation.schema import ArmDetails, DataSummary, Forgotten, SeedResult, Verdict
@@ -48,7 +48,7 @@ class Candidate:
         directories: one per seed; one for an arm that is not tuned.
         validation: graded answers, per directory.
         test: graded answers, per directory.
-        latency: median and 95th percentile of seconds for one request alone.
+        latency: of one request alone.
         peak_memory: bytes of this process while it answered.
         notes: what a reader must know of its answers.
         forgetting: general abilities before and after.
@@ -59,7 +59,7 @@ class Candidate:
     directories: list[Path] = field(default_factory=list)
     validation: list[list[runner.Graded]] = field(default_factory=list)
     test: list[list[runner.Graded]] = field(default_factory=list)
-    latency: tuple[float, float] = (0.0, 0.0)
+    latency: runner.Latency = field(default_factory=runner.Latency)
     peak_memory: int = 0
     notes: tuple[str, ...] = ()
     forgetting: tuple[Forgotten, ...] = ()
@@ -80,7 +80,8 @@ def run(
     directory = Run(out)
     experiment = Experiment(bench, directory, progress)
     estimate = planning.plan(bench, progress, experiment.made())
-    planning.hold(estimate, task.budget if budget is None else budget)
+    budget = task.budget if budget is None else budget
+    planning.hold(estimate, budget)
     with directory:
         candidates = experiment.make_all()
         openings = experiment.open_test(candidates)
@@ -90,8 +91,9 @@ def run(
         verdict = verdict.model_copy(
             update={
                 "command": " ".join(["metier", *sys.argv[1:]]),
+                "notes": (*verdict.notes, *advice.over_budget(seconds, budget)),
                 "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                "seconds": experiment.seconds(candidates),
+                "seconds": seconds,
                 "versions": runs.versions(),
             }
         )
@@ -191,7 +193,7 @@ class Experiment:
         answers = [self._answers(arm, path, "test") for path in directories]
         candidate.test = [runner.load_graded(path, self._bench.parts.test) for path in answers]
         about = json.loads((self._measurements(arm, directories[0]) / "cost.json").read_text())
-        candidate.latency = (about["p50"], about["p95"])
+        candidate.latency = runner.Latency(**about["latency"])
         candidate.peak_memory = about["peak_memory"]
         candidate.notes = tuple(json.loads((answers[0] / "notes.json").read_text()))
         if arm.tuned and arm.mode != "head":
@@ -325,11 +327,11 @@ class Experiment:
             self._progress.stage(f"latency: {arm.name}")
             with PeakMemory() as memory:
                 built = making.build(bench, arm, directory)
-                p50, p95 = runner.measure_latency(built.generator, chats)
-            about = {"p50": p50, "p95": p95, "peak_memory": memory.peak}
+                latency = runner.measure_latency(built.generator, chats)
+            about = {"latency": asdict(latency), "peak_memory": memory.peak}
             (path / "cost.json").write_text(json.dumps(about))
 
-        return self._run.stage(f"cost-{slug(arm)}", self._keys.cost(arm, directory), make)
+        return self._run.stage(f"latency-{slug(arm)}", self._keys.cost(arm, directory), make)
 
     def _forgetting(self, arm: Arm, directories: list[Path]) -> tuple[Forgotten, ...]:
         settings = self._bench.task.forgetting
@@ -364,8 +366,10 @@ class Experiment:
             arm=candidate.arm,
             scores=_scores(candidate.test),
             validation=_scores(candidate.validation),
-            latency_p50=candidate.latency[0],
-            latency_p95=candidate.latency[1],
+            latency_mean=candidate.latency.mean,
+            latency_p50=candidate.latency.p50,
+            latency_p95=candidate.latency.p95,
+            latency_requests=candidate.latency.requests,
             prompt_tokens=float(np.mean([one.prompt_tokens for one in counted])),
             completion_tokens=float(np.mean([one.completion_tokens for one in counted])),
             metrics=summarise(self._bench.task.kind, self._bench.grader, pairs, self._bench.labels),

@@ -28,7 +28,7 @@ from metier.progress import Progress
 from metier.recipes import making
 from metier.recipes.workbench import Workbench
 from metier.task import Arm
-from metier.training import sft
+from metier.training import classify, sft
 from metier.training.batches import Row, pad
 
 _SAMPLED = 24
@@ -179,8 +179,8 @@ def _plan_elsewhere(bench: Workbench, arm: Arm, made: Collection[str]) -> ArmPla
         names = [phrasing.name for phrasing in phrasings(bench.task.kind)]
         making.remote(bench, names[0])  # what would stop it is refused now
         making_it = making.CHOOSE_ON * len(names) * _REMOTE_SECONDS
-        requests = len(parts.validation) + len(parts.test) + runner.LATENCY_REQUESTS
-        answering = requests * _REMOTE_SECONDS
+        requests = len(parts.validation) + len(parts.test)
+        answering = requests * _REMOTE_SECONDS + runner.latency_seconds(_REMOTE_SECONDS)
     seconds = (arm.name not in made) * making_it + answering
     return ArmPlan(arm=arm.name, minutes=seconds / 60, memory=memory)
 
@@ -219,7 +219,8 @@ class _Base:
         making.prepare(self._bench, arm, self._engine)
         training = self._bench.task.training
         # Validation is read only: a third of the work.
-        rows = training.epochs * (len(parts.train) + len(parts.validation) / 3)
+        passes = training.epochs + (classify.READING_PASSES if arm.mode == "head" else 0)
+        rows = passes * (len(parts.train) + len(parts.validation) / 3)
         tokens = rows * (request.read + request.written)
         return len(training.seeds) * tokens / self._speeds[_model_of(arm)].train
 
@@ -230,7 +231,7 @@ class _Base:
         models = len(self._bench.task.training.seeds) if arm.tuned else 1
         alone = request.read / speed.read + request.written / speed.alone
         requests = models * (len(parts.validation) + len(parts.test))
-        return requests * self._batched(arm, request) + runner.LATENCY_REQUESTS * alone
+        return requests * self._batched(arm, request) + runner.latency_seconds(alone)
 
     def forgetting(self, arm: Arm) -> float:
         """General text and minimal pairs, read by the base once and by every tuned model."""
