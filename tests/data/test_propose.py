@@ -57,6 +57,7 @@ def test_few_short_outputs_are_a_classification(tmp_path: Path) -> None:
     assert task.data.format == "text-label"
     assert (task.data.columns.input, task.data.columns.output) == ("text", "label")
     assert "# There are only 7 different outputs, all short." in text
+    assert "# By group; near-duplicates of rows in another part are left out." in text
     assert read_parts(task, tmp_path).test
 
 

@@ -387,7 +387,9 @@ def _too_long(examples: Sequence[Example]) -> int:
 def _split(examples: Sequence[Example]) -> tuple[dict[str, Any], list[str]]:
     total = len(examples)
     split: dict[str, Any] = {"test": 0.2, "validation": 0.1, "seed": 0, "near_duplicate": 0.8}
-    comments = ["By group and near-duplicate cluster; the test part is sealed."]
+    comments = [
+        "By group; near-duplicates of rows in another part are left out. The test part is sealed."
+    ]
     if total < _SMALL:
         split |= {"test": 0.3, "validation": 0.15}
         comments.append(
