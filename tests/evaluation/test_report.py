@@ -229,9 +229,9 @@ WRITTEN = {
     ".arms.1.seeds.0.seconds": "4 min 22 s",
     ".arms.1.latency_p50": "149 ms",
     ".arms.1.latency_p95": "253 ms",
-    ".arms.1.prompt_tokens": "63.6 +",
     ".arms.1.latency_mean": "163 ms",
     ".arms.1.latency_requests": "253 ms of 47 requests",
+    ".arms.1.prompt_tokens": "63.6 +",
     ".arms.1.completion_tokens": "+ 7.9",
     ".arms.1.training_seconds": "4 min 19 s",
     ".arms.1.peak_memory": "at its peak: 2.19 GB",
@@ -277,7 +277,6 @@ def test_a_number_that_is_missing_from_the_page_is_noticed():
     assert WRITTEN[".margin"] not in spoken(render_report(other, []))
 
 
-def test_every_text_of_a_verdict_stands_in_the_page(case):
 def test_memory_is_that_of_the_whole_process_once():
     written = spoken(render_report(*shipping()))
     assert written.count("2.41 GB") == 1
@@ -290,6 +289,7 @@ def test_a_head_is_said_not_to_be_held_to_the_rule_on_forgetting():
     assert "not held to this, since it cannot write text" in page
 
 
+def test_every_text_of_a_verdict_stands_in_the_page(case):
     verdict, _, page = case
     text = plainly(read(page).text)
     words = [verdict.headline, verdict.rule, verdict.command, verdict.made, verdict.task,
@@ -329,7 +329,6 @@ def test_the_decision_and_its_numbers_come_first():
     assert "-0.9" in head
 
 
-def test_who_clears_the_margin_is_said_in_words():
 def test_where_nothing_can_be_shipped_no_arm_is_named_as_the_one_to_use():
     verdict = ALL["simpler"]()[0].model_copy(update={"decision": "none", "arm": ""})
     html = render_report(verdict, [])
@@ -346,6 +345,7 @@ def test_where_nothing_can_be_shipped_no_arm_is_named_as_the_one_to_use():
     assert not any("→" in line for line in shown)
 
 
+def test_who_clears_the_margin_is_said_in_words():
     page = read(render_report(*ALL["simpler"]()))
     bounds = [plainly(node.text) for node in page.one("main").all("span", "bound")]
     assert bounds == ["bound -0.9, does not clear it", "bound -4.1, does not clear it"]

@@ -154,8 +154,6 @@ def _of_the_test(outcome: Outcome) -> Iterable[str]:
             yield f"{each.name} {_few_seeds(len(each.measured.scores))}"
 
 
-def _few_seeds(seeds: int) -> str:
-    if seeds == 1:
 def over_budget(seconds: float, minutes: float) -> tuple[str, ...]:
     """That a run took longer than it was allowed to, if it did."""
     if seconds <= minutes * 60:
@@ -167,6 +165,8 @@ def over_budget(seconds: float, minutes: float) -> tuple[str, ...]:
     )
 
 
+def _few_seeds(seeds: int) -> str:
+    if seeds == 1:
         return (
             "was trained with one seed: its interval speaks of this one model, not of what "
             "another training would give."

@@ -87,11 +87,12 @@ def run(
         openings = experiment.open_test(candidates)
         for candidate in candidates:
             experiment.test(candidate)
-        verdict, details = experiment.decide(candidates, openings)
+        verdict, details = experiment.decide(candidates, opening)
+        seconds = experiment.seconds(candidates)
         verdict = verdict.model_copy(
             update={
-                "command": " ".join(["metier", *sys.argv[1:]]),
                 "notes": (*verdict.notes, *advice.over_budget(seconds, budget)),
+                "command": " ".join(["metier", *sys.argv[1:]]),
                 "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                 "seconds": seconds,
                 "versions": runs.versions(),
@@ -177,7 +178,7 @@ class Experiment:
             count = open_test(
                 self._bench.base_dir, self._bench.task.name, parts.test_fingerprint, "metier run"
             )
-            (path / "opening.json").write_text(json.dumps({"openings": count}))
+            (path / "opening.json").write_text(opening.model_dump_json())
 
         answers = [
             self._keys.answers(one.arm, path, parts.test)
