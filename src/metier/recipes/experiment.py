@@ -87,7 +87,7 @@ def run(
         openings = experiment.open_test(candidates)
         for candidate in candidates:
             experiment.test(candidate)
-        verdict, details = experiment.decide(candidates, opening)
+        verdict, details = experiment.decide(candidates, openings)
         seconds = experiment.seconds(candidates)
         verdict = verdict.model_copy(
             update={
@@ -178,7 +178,7 @@ class Experiment:
             count = open_test(
                 self._bench.base_dir, self._bench.task.name, parts.test_fingerprint, "metier run"
             )
-            (path / "opening.json").write_text(opening.model_dump_json())
+            (path / "opening.json").write_text(json.dumps({"openings": count}))
 
         answers = [
             self._keys.answers(one.arm, path, parts.test)
