@@ -76,7 +76,7 @@ def tune(
         rows = making.prepare(bench, arm, making.make_engine(bench, base, base.model))
         progress.say(f"{arm.name} is trained on the text between ⟦ and ⟧:\n{rows[0].sample}")
         model = _trainable(bench, arm, base, seed)
-        progress.stage(f"train {arm.name}, seed {seed}", _steps(bench, rows[0]))
+        progress.stage(f"train {arm.name}, seed {seed}", _steps(bench, arm, rows[0]))
         state = _fit(bench, arm, base, model, rows, seed, scratch, progress)
     _write(arm, base, model, directory)
     _write_facts(state, rows, seed, memory.peak, directory)
@@ -119,9 +119,10 @@ def _trainable(bench: Workbench, arm: Arm, base: Base, seed: int) -> Any:
     return Classifier(tuned, bench.labels) if arm.mode == "head" else tuned
 
 
-def _steps(bench: Workbench, rows: preflight.Prepared) -> int:
+def _steps(bench: Workbench, arm: Arm, rows: preflight.Prepared) -> int:
     training = bench.task.training
-    return sft.row_batches(rows.rows, training, seed=0, pad_id=0).steps_per_epoch * training.epochs
+    passes = training.epochs + (classify.READING_PASSES if arm.mode == "head" else 0)
+    return sft.row_batches(rows.rows, training, seed=0, pad_id=0).steps_per_epoch * passes
 
 
 def _fit(
@@ -140,14 +141,37 @@ def _fit(
         "learning_rate": training.learning_rate or rate,
         "seed": seed,
         "pad_id": base.tokenizer.pad_id,
-        "directory": scratch,
         "progress": progress,
     }
     if arm.mode == "head":
-        train, held = (classify.label_rows(p.rows, p.examples, bench.labels) for p in rows)
-        return sft.fit(model, classify.head_loss(model), train, held, training, **settings)
+        return _fit_head(model, bench, rows, scratch, settings)
     train, held = (p.rows for p in rows)
-    return sft.fit(model, sft.answer_loss(model), train, held, training, **settings)
+    loss = sft.answer_loss(model)
+    return sft.fit(model, loss, train, held, training, directory=scratch, **settings)
+
+
+def _fit_head(
+    classifier: Classifier,
+    bench: Workbench,
+    rows: tuple[preflight.Prepared, preflight.Prepared],
+    scratch: Path,
+    settings: dict[str, Any],
+) -> State:
+    """Learn to read the inputs, then their labels; the seconds are those of both."""
+    training = bench.task.training
+    train, held = (classify.label_rows(p.rows, p.examples, bench.labels) for p in rows)
+    read = sft.fit(
+        classifier.model,
+        sft.answer_loss(classifier.model),
+        classify.reading_rows(train),
+        classify.reading_rows(held),
+        training.model_copy(update={"epochs": classify.READING_PASSES}),
+        directory=scratch / "reading",
+        **settings,
+    )
+    loss = classify.head_loss(classifier)
+    state = sft.fit(classifier, loss, train, held, training, directory=scratch, **settings)
+    return dataclasses.replace(state, seconds=read.seconds + state.seconds)
 
 
 def _write(arm: Arm, base: Base, model: Any, directory: Path) -> None:

@@ -1,4 +1,8 @@
-"""Classification with a head: the language model reads, a linear layer names the label."""
+"""Classification with a head: the language model reads, a linear layer names the label.
+
+First the model goes on with its pre-training on the inputs (task-adaptive pre-training, Gururangan
+et al. 2020, arXiv 2004.10964), then it learns the labels.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,11 @@ from metier.model.head import Classifier
 from metier.records import Example
 from metier.training.batches import PaddedBatch, Row
 from metier.training.forward import forward_of
+
+READING_PASSES = 3
+"""Passes over the inputs before the labels are learned."""
+
+_SMOOTHING = 0.1
 
 
 def label_rows(
@@ -45,13 +54,27 @@ def label_rows(
     return found
 
 
+def reading_rows(rows: Sequence[Row]) -> list[Row]:
+    """The inputs of labelled rows as text to be learned, every token but the first."""
+    return [
+        replace(row, trained=(False, *[True] * (len(row.ids) - 1)), label=-1)
+        for row in rows
+        if len(row.ids) > 1
+    ]
+
+
 def head_loss(classifier: Classifier) -> Callable[[PaddedBatch], Tensor]:
-    """Sum of cross-entropies over the labels of a batch."""
+    """Sum of cross-entropies over the labels of a batch, smoothed while the classifier trains.
+
+    Smoothing (Szegedy et al. 2016, arXiv 1512.00567) keeps the validation loss, which chooses the
+    parameters, falling while accuracy rises.
+    """
     forward = forward_of(classifier.model)
 
     def loss(batch: PaddedBatch) -> Tensor:
         batch = batch.to(classifier.model.device)
         logits = classifier.logits(forward(batch.ids), batch.lengths)
-        return F.cross_entropy(logits, batch.labels, reduction="sum")
+        smoothing = _SMOOTHING if classifier.training else 0.0
+        return F.cross_entropy(logits, batch.labels, reduction="sum", label_smoothing=smoothing)
 
     return loss
