@@ -304,6 +304,19 @@ def test_fingerprint_names_the_content_of_the_test_part() -> None:
     assert fewer.test_fingerprint != parts.test_fingerprint
 
 
+def test_a_test_row_is_known_by_its_input_alone() -> None:
+    parts = split(rows(200), Split(), "expansion")
+    chat = parts.test[0].messages
+    again = dataclasses.replace(
+        parts.test[0], id="x", messages=(*chat[:-1], {"role": "assistant", "content": "mended"})
+    )
+    other = dataclasses.replace(again, messages=({"role": "user", "content": "new"}, chat[-1]))
+    known = dataclasses.replace(parts, test=(again, other)).test_rows
+    assert known[0] == parts.test_rows[0]
+    assert known[1] not in parts.test_rows
+    assert len(parts.test_rows) == len(parts.test)
+
+
 def test_passages_with_test_rows_are_found() -> None:
     test = [
         example(1, "What does the warranty cover when the device was opened?", "short"),

@@ -81,6 +81,7 @@ def verdict_of(
     kind: str = "classification",
     commonest: int = 60,
     openings: int = 1,
+    seen: int = 0,
     examples: int = TEST,
     margin: float = 0.02,
     clusters: object = None,
@@ -102,5 +103,6 @@ def verdict_of(
             test=examples,
             test_clusters=len(set(np.asarray(names).tolist())),
             test_openings=openings,
+            test_rows_seen=seen,
         ),
     )

@@ -110,10 +110,21 @@ def test_an_opened_test_part_a_small_one_and_few_seeds_are_said():
     found = notes(
         *SIMPLER, arm("lora", 250), arm("full", 250, 251), openings=3, clusters=np.arange(300) // 10
     )
-    assert "has been opened 3 times" in found
+    assert "has been opened 3 times, this time included: repeated looks" in found
     assert "small (300 examples in 30 clusters)" in found
     assert "lora was trained with one seed" in found
     assert "full was trained with 2 seeds" in found
+
+
+def test_how_much_of_the_test_part_was_seen_before_is_said():
+    found = notes(*SIMPLER, LORA, openings=2, seen=55)
+    assert "opened 2 times, this time included (55 of its 300 examples were seen before)" in found
+
+
+def test_a_run_longer_than_its_budget_is_said_to_be():
+    assert over_budget(1800, 30) == ()
+    (note,) = over_budget(1920, 30)
+    assert plain(note).startswith("The run took 32 min of a budget of 30 min: ")
 
 
 WEAK = (arm("prompt", 10), arm("few-shot", 20))

@@ -186,7 +186,7 @@ COUNTED = Verdict.model_validate({
     "reasons": (), "margin": 0.022, "currency": "EUR", "seconds": 1873.0,
     "arms": (REFERENCE, TUNED),
     "data": {"train": 6043, "validation": 1087, "test": 1429, "test_clusters": 1291,
-             "removed": {"too_long": 38}, "test_openings": 6},
+             "removed": {"too_long": 38}, "test_openings": 6, "test_rows_seen": 823},
 })  # fmt: skip
 WRITTEN = {
     ".version": "version 1",
@@ -198,6 +198,7 @@ WRITTEN = {
     ".data.test_clusters": "1,291 clusters",
     ".data.removed.too_long": "too_long 38",
     ".data.test_openings": "6 times",
+    ".data.test_rows_seen": "823 of its examples",
     ".arms.0.score.mean": "61.1 %",
     ".arms.0.score.low": "57.2 % to",
     ".arms.0.score.high": "to 65.3 %",

@@ -68,42 +68,77 @@ def test_the_budget_holds_only_for_what_is_to_come(
     assert asked == [{"prompt", "classical", "lora", "lora/head"}, {"prompt", "classical"}]
 
 
-def test_another_run_on_the_same_test_part_is_counted(
-    finished: Path, tmp_path: Path, stories260k: Path
+def test_another_run_on_rows_of_the_same_test_part_is_counted(
+    finished: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(finished, tmp_path / "again", ignore=shutil.ignore_patterns("run"))
     task = tmp_path / "again" / "task.yaml"
-    verdict = recipes.run(task, tmp_path / "run", ["arms=[classical]"])
-    assert verdict.data.test_openings == 2
-    assert any("opened" in note for note in verdict.notes)
+    data = recipes.run(task, tmp_path / "run", ["arms=[classical]"]).data
+    assert (data.test_openings, data.test_rows_seen) == (2, data.test)
+    verdict = recipes.run(task, tmp_path / "run", ["arms=[classical]", "split.max_test=10"])
+    assert (verdict.data.test_openings, verdict.data.test_rows_seen) == (3, 10)
+    assert any("opened 3 times" in note for note in verdict.notes)
+    data = recipes.run(task, tmp_path / "run", ["arms=[classical]", "split.seed=1"]).data
+    assert data.test_openings > 1
+    assert 0 < data.test_rows_seen < data.test
+
+
+KILLED_BEFORE_THE_THIRD_CHECKPOINT = """
+import os, signal, sys
+from pathlib import Path
+from metier import recipes
+from metier.model import checkpoint
+from metier.training import sft
+
+def save(directory, snapshot, step):
+    if step == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(directory, snapshot, step)
+
+real, checkpoint.save, sft._CHECKPOINT_SECONDS = checkpoint.save, save, 0.0
+recipes.run(Path("task.yaml"), Path("run"))
+"""
+
+
+class Told(Silent):
+    """What a person is told, and which steps are trained."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.total, self.trained = 0.0, 0
+
+    def stage(self, name: str, total: float | None = None) -> None:
+        self.lines.append(name)
+        if name.startswith("train"):
+            self.total = total or 0.0
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+    def advance(self, n: float = 1, **info: object) -> None:
+        self.trained += "loss" in info
 
 
 def test_training_goes_on_after_a_kill(tmp_path: Path, stories260k: Path) -> None:
-    task = write_task(
-        tmp_path,
-        stories260k,
-        arms=["classical", "lora"],
-        training={
-            "epochs": 1000,
-            "patience": 0,
-            "seeds": [0],
-            "max_length": 128,
-            "batch_size": 16,
-        },
-    )
-    command = [Path(sys.executable).with_name("metier"), "run", task, "--out", "run"]
+    """Of the third step nothing was kept: it is trained again, and no other."""
+    training = {"epochs": 2, "seeds": [0], "max_length": 128, "batch_size": 16}
+    task = write_task(tmp_path, stories260k, arms=["classical", "lora"], training=training)
+    killed = [sys.executable, "-c", KILLED_BEFORE_THE_THIRD_CHECKPOINT]
+    assert subprocess.run(killed, cwd=tmp_path, check=False).returncode == -signal.SIGKILL
     run = tmp_path / "run"
-    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL) as child:
-        while not list(run.glob("unfinished/arm-lora-*/checkpoints/step-*")):
-            assert child.poll() is None, "the run ended before it could be killed"
-            time.sleep(0.05)
-        child.kill()
-    made = {path: path.stat().st_mtime_ns for path in run.glob("arm-classical-*")}
-    assert made
-    verdict = recipes.run(task, run, ["training.epochs=1"])
-    assert {path: path.stat().st_mtime_ns for path in run.glob("arm-classical-*")} == made
+    made = {path: path.stat().st_mtime_ns for path in run.glob("*/manifest.json")}
+    assert {path.parent.name.rsplit("-", 1)[0] for path in made} == {
+        "arm-classical",
+        "validation-classical",
+    }
+    told = Told()
+    verdict = recipes.run(task, run, progress=told)
+    assert "going on after step 2" in told.lines
+    assert told.trained == told.total - 2 > 1
+    assert {path: path.stat().st_mtime_ns for path in made} == made
     assert not list(run.glob(".partial-*"))
-    assert verdict.arms
+    assert not list(run.glob("unfinished/*"))
+    assert [seed.steps for arm in verdict.arms for seed in arm.seeds] == [told.total]
 
 
 def test_seconds_are_those_of_the_work_whenever_it_was_done(

@@ -66,6 +66,12 @@ class Parts:
         """Names this very test part, whatever the order of its rows."""
         return fingerprint(sorted(fingerprint([row.messages, row.tools]) for row in self.test))
 
+    @property
+    def test_rows(self) -> tuple[str, ...]:
+        """Short hash of each test row's input (40 bits), whatever its id, answer and part."""
+        texts = [prepare.normalise(prepare.text_of(row)) for row in self.test]
+        return tuple(_hash("row", text)[:10] for text in texts)
+
 
 def read_parts(task: Task, base_dir: Path) -> Parts:
     """Read the data a task names and split it, or use its official parts.

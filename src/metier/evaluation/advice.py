@@ -139,9 +139,11 @@ def cautions(outcome: Outcome) -> tuple[str, ...]:
 def _of_the_test(outcome: Outcome) -> Iterable[str]:
     data = outcome.data
     if data.test_openings > 1:
+        seen = f" ({data.test_rows_seen:,} of its {counted(data.test, 'example')} were seen before)"
         yield (
             f"The sealed test part has been opened {data.test_openings} times, this time "
-            "included: repeated looks make a lucky result likelier."
+            f"included{seen if data.test_rows_seen else ''}: repeated looks make a lucky result "
+            "likelier."
         )
     if data.test < _SMALL_TEST or data.test_clusters < _FEW_CLUSTERS:
         yield (

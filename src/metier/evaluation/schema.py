@@ -135,7 +135,9 @@ class DataSummary(Config):
     removed: dict[str, int] = {}
     """Rows left out, by reason code."""
     test_openings: int = 1
-    """How often the sealed part has been opened, this time included."""
+    """How often a test part with examples of this one has been opened, this time included."""
+    test_rows_seen: int = 0
+    """Test examples that were opened before; 0 also where that was not recorded."""
     warnings: tuple[str, ...] = ()
     """What is doubtful about the data."""
 

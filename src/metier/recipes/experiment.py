@@ -19,7 +19,7 @@ import numpy as np
 
 from metier import runs
 from metier.config import Config
-from metier.data.ledger import open_test
+from metier.data.ledger import Opening, open_test
 from metier.errors import ConfigError, RunError
 from metier.evaluation import advice, forgetting, runner
 from metier.evaluation.comparison import Measured
@@ -84,10 +84,10 @@ def run(
     planning.hold(estimate, budget)
     with directory:
         candidates = experiment.make_all()
-        openings = experiment.open_test(candidates)
+        opening = experiment.open_test(candidates)
         for candidate in candidates:
             experiment.test(candidate)
-        verdict, details = experiment.decide(candidates, openings)
+        verdict, details = experiment.decide(candidates, opening)
         seconds = experiment.seconds(candidates)
         verdict = verdict.model_copy(
             update={
@@ -170,15 +170,19 @@ class Experiment:
             ]
         return candidates
 
-    def open_test(self, candidates: list[Candidate]) -> int:
+    def open_test(self, candidates: list[Candidate]) -> Opening:
         """Record the opening of the sealed part; a run that goes on does not count twice."""
         parts = self._bench.parts
 
         def make(path: Path) -> None:
-            count = open_test(
-                self._bench.base_dir, self._bench.task.name, parts.test_fingerprint, "metier run"
+            opening = open_test(
+                self._bench.base_dir,
+                self._bench.task.name,
+                parts.test_fingerprint,
+                parts.test_rows,
+                "metier run",
             )
-            (path / "opening.json").write_text(json.dumps({"openings": count}))
+            (path / "opening.json").write_text(opening.model_dump_json())
 
         answers = [
             self._keys.answers(one.arm, path, parts.test)
@@ -186,7 +190,7 @@ class Experiment:
             for path in one.directories
         ]
         path = self._run.stage("opening", self._keys.opening(answers), make)
-        return int(json.loads((path / "opening.json").read_text())["openings"])
+        return Opening.model_validate_json((path / "opening.json").read_text())
 
     def test(self, candidate: Candidate) -> None:
         """Grade an arm on the test part, and measure what else a verdict wants."""
@@ -201,7 +205,7 @@ class Experiment:
             candidate.forgetting = self._forgetting(arm, directories)
 
     def decide(
-        self, candidates: list[Candidate], openings: int
+        self, candidates: list[Candidate], opening: Opening
     ) -> tuple[Verdict, list[ArmDetails]]:
         """The verdict and what the report draws."""
         bench = self._bench
@@ -218,7 +222,8 @@ class Experiment:
                 test=len(parts.test),
                 test_clusters=len({parts.clusters[row.id] for row in parts.test}),
                 removed=parts.removed | bench.removed_passages,
-                test_openings=openings,
+                test_openings=opening.openings,
+                test_rows_seen=opening.rows_seen,
                 warnings=parts.warnings,
             ),
         )
