@@ -9,7 +9,7 @@ import pytest
 
 from metier.data.audit import audit, has_card, has_phone
 from metier.data.split import Parts
-from metier.records import Example
+from metier.records import Example, Message
 
 
 def example(name: str, text: str, answer: str) -> Example:
@@ -63,6 +63,15 @@ def test_lengths_are_percentiles() -> None:
     assert found.answer_characters.max == 100
     assert found.labels == {}
     assert found.imbalance is None
+
+
+def test_an_input_is_all_turns_of_a_chat() -> None:
+    turns = (("user", "one two"), ("assistant", "three"), ("user", "four"), ("assistant", "five"))
+    chat = tuple(Message(role=role, content=text) for role, text in turns)
+    found = audit(Parts((Example("1", chat),), (), (), {}, {}, ()), "expansion", 0.8)
+    assert found.input_words.max == 4
+    assert found.input_characters.max == len("one two three four") == found.input_characters.p50
+    assert found.answer_words.max == 1
 
 
 @pytest.mark.parametrize(

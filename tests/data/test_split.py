@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections import Counter
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import pytest
@@ -13,9 +13,18 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from metier.data.prepare import normalise
-from metier.data.split import PARTS, Parts, assemble, corpus_overlap, read_parts, split
+from metier.data.split import (
+    PARTS,
+    Parts,
+    assemble,
+    corpus_overlap,
+    not_looked_for,
+    read_parts,
+    split,
+)
 from metier.errors import DataError
-from metier.records import Example
+from metier.records import Example, Message
+from metier.retrieval import chunks
 from metier.task import Data, Split, Task
 
 WORDS = [a + b + c for a in "bdfgklmnprst" for b in "aeiou" for c in "lnrs"]
@@ -328,8 +337,72 @@ def test_passages_with_test_rows_are_found() -> None:
         "hi, this is a short greeting; short",
         "Nothing of interest.",
     ]
-    assert corpus_overlap(documents, test) == {"test-input": [0], "test-answer": [1]}
-    assert corpus_overlap(documents[2:], test) == {}
+    assert corpus_overlap([documents], test) == {"test-input": [0], "test-answer": [1]}
+    assert corpus_overlap([documents[2:], documents[:2]], test) == {
+        "test-input": [2],
+        "test-answer": [3],
+    }
+    assert corpus_overlap([documents[2:]], test) == {}
+
+
+def prose(draw: random.Random, words: int) -> str:
+    """Sentences of 12 words that do not repeat."""
+    text = [f"{draw.choice('abcdefgh')}{draw.randrange(10**6):06}" for _ in range(words)]
+    return " ".join(f"{word}." if i % 12 == 11 else word for i, word in enumerate(text))
+
+
+@pytest.mark.parametrize("words", [72, 700])
+def test_a_leak_is_found_wherever_the_document_is_cut(words: int) -> None:
+    """Every passage that holds a piece of it is found, and no other one."""
+    draw = random.Random(words)
+    leaks = [prose(draw, words) for _ in range(50)]
+    test = [example(i, leak, "short") for i, leak in enumerate(leaks)]
+    clean = chunks.split(prose(draw, 600), "clean.md")
+    paragraphs = [f"{prose(draw, draw.randrange(36, 120, 12))} {leak} end." for leak in leaks]
+    passages = [p.text for p in chunks.split("\n\n".join(paragraphs), "leaked.md")]
+    pieces = {tuple(leak.split()[i : i + 2]) for leak in leaks for i in range(words - 1)}
+    holding = [
+        len(clean) + number
+        for number, passage in enumerate(passages)
+        if not pieces.isdisjoint(pairwise(passage.split()))
+    ]
+    documents = [[passage.text for passage in clean], passages]
+    assert corpus_overlap(documents, test) == {"test-input": holding}
+    assert len(holding) > 60, "some stand across a cut"
+    for row in test:
+        assert corpus_overlap(documents, [row])
+
+
+def test_ordinary_text_holds_no_test_row() -> None:
+    draw = random.Random(0)
+    test = [example(i, prose(draw, 40), prose(draw, 40)) for i in range(200)]
+    opened = [prose(draw, 30) + " " + " ".join(row.input.split()[:-1]) for row in test]
+    assert corpus_overlap([opened], test) == {}, "the last word is missing"
+
+
+def test_all_turns_of_a_chat_are_looked_for_and_the_last_alone() -> None:
+    turns = [
+        "Is it open today?",
+        "Yes, until six.",
+        "And is it open on the last Sunday of the year?",
+    ]
+    roles = ("user", "assistant", "user", "assistant")
+    chat = tuple(
+        Message(role=role, content=text) for role, text in zip(roles, [*turns, "No."], strict=True)
+    )
+    corpus = ["\n".join(turns[:2]), turns[2], "Is it open today?"]
+    assert corpus_overlap([corpus], [Example("1", chat)]) == {"test-input": [0, 1]}
+    assert corpus_overlap([corpus[1:]], [Example("1", chat)]) == {"test-input": [0]}
+
+
+def test_texts_too_short_to_be_looked_for_are_counted() -> None:
+    long = "a text of forty characters, that is looked for"
+    test = [example(1, long, "yes"), example(2, "hi", "no"), example(3, long, "x" * 40)]
+    assert [warning.split(" characters")[0] for warning in not_looked_for(test)] == [
+        "1 of 3 test inputs are shorter than 40",
+        "2 of 3 test answers are shorter than 40",
+    ]
+    assert not_looked_for(test[2:]) == []
 
 
 @settings(deadline=None, max_examples=10)

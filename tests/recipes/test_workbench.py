@@ -56,3 +56,26 @@ def test_tools_that_no_arm_is_offered_are_refused(
         open_workbench(read_task(task), tmp_path)
     assert caught.value.place.endswith("rows.jsonl:5")
     assert "describe the tools in the text" in caught.value.remedy
+
+
+def test_passages_with_a_test_row_are_left_out_and_counted(
+    tmp_path: Path, stories260k: Path
+) -> None:
+    """The test row stands across a cut; the document before it has passages of its own."""
+    task = write_task(
+        tmp_path, stories260k, data={"file": "rows.jsonl", "documents": ["one.md", "two.md"]}
+    )
+    lines = [row | {"text": f"{row['text']} for all of a long and sunny day"} for row in rows()]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "one.md").write_text("Nothing stands here. " * 90)
+    (tmp_path / "two.md").write_text("Nor here.")
+    clean = open_workbench(read_task(task), tmp_path)
+    assert clean.removed_passages == {}
+    start, end = clean.parts.test[0].input.split(" big ")
+    (tmp_path / "two.md").write_text(f"{'Nor here. ' * 56}{start} big\n{end}. {'Nor here. ' * 150}")
+    bench = open_workbench(read_task(task), tmp_path)
+    assert bench.removed_passages == {"passage-with-test-input": 2}
+    assert len(bench.passages) == len(clean.passages) + 1
+    assert not any(start in passage or end in passage for passage in bench.passages)
+    (warning,) = [text for text in bench.parts.warnings if "not looked for" in text]
+    assert warning.startswith(f"{len(bench.parts.test)} of {len(bench.parts.test)} test answers")

@@ -83,8 +83,8 @@ def audit(parts: Parts, kind: Kind, near_duplicate: float) -> Audit:
     return Audit(
         rows=len(rows),
         parts={name: len(getattr(parts, name)) for name in PARTS},
-        input_characters=_lengths(len(row.input) for row in rows),
-        input_words=_lengths(len(row.input.split()) for row in rows),
+        input_characters=_lengths(len(prepare.text_of(row)) for row in rows),
+        input_words=_lengths(len(prepare.text_of(row).split()) for row in rows),
         answer_characters=_lengths(len(row.answer) for row in rows),
         answer_words=_lengths(len(row.answer.split()) for row in rows),
         labels=dict(labels.most_common()),

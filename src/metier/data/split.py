@@ -16,9 +16,11 @@ from __future__ import annotations
 import difflib
 import hashlib
 import math
+from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
@@ -397,23 +399,70 @@ def _warn_size(parts: Mapping[Part, Sequence[Example]], units: Mapping[str, str]
     ]
 
 
-def corpus_overlap(documents: Sequence[str], test: Sequence[Example]) -> dict[str, list[int]]:
-    """Which passages of a retrieval corpus hold a test input or a test answer word for word.
+def corpus_overlap(
+    documents: Sequence[Sequence[str]], test: Sequence[Example]
+) -> dict[str, list[int]]:
+    """Which passages of a retrieval corpus hold a test input or test answer, or part of one.
 
-    Texts are normalised; those under 40 characters are left out, for they occur by chance.
+    Texts are looked for word for word in whole documents, normalised and without blanks, so that
+    they are found wherever the document is cut. Those under 40 characters are left out, for they
+    occur by chance: `not_looked_for` counts them.
+
+    Args:
+        documents: the passages of each document, in order.
+        test: the test part.
 
     Returns:
-        for the reasons ``test-input`` and ``test-answer``, the indices of the passages.
+        for the reasons ``test-input`` and ``test-answer``, the indices of the passages that such a
+        text touches, counted through all documents.
 
     """
-    passages = [prepare.normalise(document) for document in documents]
+    squeezed = [[_squeeze(passage) for passage in passages] for passages in documents]
+    starts = [0, *accumulate(map(len, documents))]
     found: dict[str, list[int]] = {}
     for reason, texts in {
-        "test-input": {prepare.normalise(row.input) for row in test},
-        "test-answer": {prepare.normalise(row.answer) for row in test},
+        "test-input": {text for row in test for text in (prepare.text_of(row), row.input)},
+        "test-answer": {row.answer for row in test},
     }.items():
-        needles = sorted(text for text in texts if len(text) >= _PASSAGE)
-        hits = [i for i, passage in enumerate(passages) if any(n in passage for n in needles)]
+        needles = {_squeeze(text) for text in texts if not _short(text)}
+        touched = [_touched(passages, needles) for passages in squeezed]
+        hits = [start + i for start, here in zip(starts, touched, strict=False) for i in here]
         if hits:
             found[reason] = hits
     return found
+
+
+def not_looked_for(test: Sequence[Example]) -> list[str]:
+    """What `corpus_overlap` leaves out, in words."""
+    short = {
+        "inputs": sum(_short(prepare.text_of(row)) for row in test),
+        "answers": sum(_short(row.answer) for row in test),
+    }
+    return [
+        f"{count} of {len(test)} test {what} are shorter than {_PASSAGE} characters: they were "
+        "not looked for in data.documents"
+        for what, count in short.items()
+        if count
+    ]
+
+
+def _short(text: str) -> bool:
+    return len(prepare.normalise(text)) < _PASSAGE
+
+
+def _squeeze(text: str) -> str:
+    """Passages drop the blanks at which they are cut, and only those."""
+    return prepare.normalise(text).replace(" ", "")
+
+
+def _touched(passages: Sequence[str], needles: Iterable[str]) -> list[int]:
+    """Indices of the passages that a needle touches where it stands in all of them joined."""
+    document, ends = "".join(passages), list(accumulate(map(len, passages)))
+    found: set[int] = set()
+    for needle in needles:
+        at = document.find(needle)
+        while at >= 0:
+            last = bisect_left(ends, at + len(needle))
+            found.update(range(bisect_right(ends, at), last + 1))
+            at = document.find(needle, at + 1)
+    return sorted(found)

@@ -7,10 +7,11 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from metier.data.split import Parts, corpus_overlap, read_parts
+from metier.data.split import Parts, corpus_overlap, not_looked_for, read_parts
 from metier.errors import DataError, RunError
 from metier.evaluation.forgetting import Material, load_material
 from metier.graders import Grader, load_grader
@@ -86,15 +87,19 @@ def open_workbench(task: Task, base_dir: Path) -> Workbench:
     if task.kind == "classification":
         labels = task.labels or tuple(sorted({row.answer for row in parts.train}))
     documents = [resolve(path, base_dir / "task.yaml") for path in task.data.documents]
-    passages = [passage.text for passage in read_passages(documents)] if documents else []
-    overlap = corpus_overlap(passages, parts.test)
+    passages = read_passages(documents)
+    by_document = groupby(passages, key=lambda passage: passage.source)
+    overlap = corpus_overlap([[p.text for p in found] for _, found in by_document], parts.test)
+    if documents:
+        warnings = (*parts.warnings, *not_looked_for(parts.test))
+        parts = dataclasses.replace(parts, warnings=warnings)
     dropped = {index for indices in overlap.values() for index in indices}
     bench = Workbench(
         task=task,
         base_dir=base_dir,
         parts=parts,
         labels=labels,
-        passages=tuple(text for index, text in enumerate(passages) if index not in dropped),
+        passages=tuple(p.text for index, p in enumerate(passages) if index not in dropped),
         removed_passages={f"passage-with-{k}": len(v) for k, v in overlap.items()},
     )
     _ = bench.grader  # what is wrong with it is refused before any work
