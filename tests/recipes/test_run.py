@@ -1,5 +1,6 @@
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ from metier.errors import BudgetError, ConfigError, ModelError, RemoteError, Run
 from metier.evaluation import runner
 from metier.evaluation.classical import Classical
 from metier.evaluation.schema import Verdict
-from metier.progress import Progress
+from metier.progress import Progress, Silent
 from metier.recipes import experiment
 from metier.recipes.experiment import read_verdict
 from metier.recipes.workbench import Workbench
