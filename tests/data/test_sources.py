@@ -230,11 +230,37 @@ def test_requests_may_lack_answers(tmp_path: Path) -> None:
     kept = read(tmp_path, "keys.jsonl", as_jsonl([{"text": "a", "key": "k"}]), answers=False,
                 columns=named)  # fmt: skip
     assert kept[0].id == "k"
-    with pytest.raises(DataError, match="no column 'text'"):
+    with pytest.raises(DataError, match="no column 'text'") as caught:
         read(tmp_path, "rows.jsonl", as_jsonl([{"test": "a"}]), answers=False, columns=named)
+    assert caught.value.remedy == (
+        "rename a column to 'text', as the task's data call it: the columns are test"
+    )
+    with pytest.raises(DataError, match="no known format") as caught:
+        read(tmp_path, "rows.jsonl", as_jsonl([{"test": "a"}]), answers=False)
+    assert caught.value.remedy.startswith("rename the column of the input")
     chats = [{"messages": [{"role": "user", "content": "a"}]}]
     (example,) = read(tmp_path, "chats.jsonl", as_jsonl(chats), answers=False)
     assert example.prompt == ({"role": "user", "content": "a"},)
+
+
+def test_requests_may_be_empty_but_examples_may_not(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": ""}]
+    turns = [{"from": "human", "value": ""}]
+    for name, row in {
+        "text": {"text": " "},
+        "null": {"text": None},
+        "chat": {"messages": chat},
+        "turns": {"conversations": turns},
+    }.items():
+        (example,) = read(tmp_path, f"{name}.jsonl", as_jsonl([row]), answers=False)
+        assert not example.input.strip()
+    for name, row in {
+        "text": {"text": " ", "label": "x"},
+        "chat": {"messages": [*chat, {"role": "assistant", "content": "x"}]},
+        "turns": {"conversations": [*turns, {"from": "gpt", "value": "x"}]},
+    }.items():
+        with pytest.raises(DataError, match="is empty"):
+            read(tmp_path, f"{name}.jsonl", as_jsonl([row]))
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1)

@@ -14,7 +14,7 @@ from metier.evaluation.runner import load_graded
 from metier.progress import Silent
 from metier.recipes import answering, workbench
 from metier.recipes.answering import Specialist
-from metier.records import Completion, Example
+from metier.records import Completion
 from metier.task import Remote
 from tests.serving.test_gateway import KEY, served
 
@@ -88,10 +88,9 @@ def write_inputs(path: Path, texts: tuple[str, ...] = TEXTS) -> Path:
 
 def test_an_empty_answer_that_was_cut_is_not_a_request_too_long() -> None:
     """As from an endpoint that spent its whole limit on thoughts and reports no tokens."""
-    example = Example("a", ({"role": "user", "content": "x"}, {"role": "assistant"}))
-    assert "error" not in json.loads(answering._line(example, Completion("", finished=False)))
+    assert "error" not in json.loads(answering._line(1, "a", Completion("", finished=False)))
     refused = Completion("", finished=False, refused=True)
-    assert "error" in json.loads(answering._line(example, refused))
+    assert "error" in json.loads(answering._line(1, "a", refused))
 
 
 class Told(Silent):
@@ -114,6 +113,7 @@ def test_predict_writes_one_answer_per_input(finished: Path, tmp_path: Path) -> 
     assert all(line["output"] in {"animal", "food", "place"} for line in lines)
     assert all(0 < line["probability"] <= 1 for line in lines)
     assert all(line["finished"] for line in lines)
+    assert [line["row"] for line in lines] == [1, 2, 3]
     assert told.lines == []
     assert {file.name for file in tmp_path.iterdir()} == {inputs.name, path.name}
 
@@ -133,6 +133,25 @@ def test_predict_marks_and_counts_what_is_cut_or_not_answered(run: Path, tmp_pat
         *([f"{cut} of 4 answers were cut at the length limit"] if cut else []),
         "1 of 4 inputs are not answered: longer than the model's context allows",
     ]
+
+
+def test_an_empty_input_costs_only_its_own_answer(run: Path, tmp_path: Path) -> None:
+    told = Told()
+    inputs = tmp_path / "new.csv"
+    inputs.write_text(f'label,text\nx,""\nx,{TEXTS[0]}\nx," "\n')
+    for arm in ("classical", "prompt/likelihood", "lora"):
+        path = recipes.predict(run, inputs, arm=arm, progress=told)
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        assert [line["row"] for line in lines] == [1, 2, 3]
+        errors = [line.get("error") for line in lines]
+        assert errors == ["the input is empty", None, "the input is empty"]
+        assert [line["finished"] for line in lines][::2] == [False, False]
+        (answer,) = recipes.specialist(run, arm).generator.generate(CHATS[:1])
+        assert lines[1]["output"] == answer.text
+        assert told.lines[-1] == "2 of 3 inputs are not answered: the input is empty"
+    inputs.write_text("text\n  \n")
+    path = recipes.predict(run, inputs, arm="classical")
+    assert json.loads(path.read_text())["error"] == "the input is empty"
 
 
 def test_files_of_the_same_stem_do_not_share_answers(finished: Path, tmp_path: Path) -> None:
@@ -254,6 +273,17 @@ def test_what_cannot_be_loaded_is_said(finished: Path, tmp_path: Path) -> None:
         recipes.predict(finished / "run", tmp_path / "none.jsonl")
 
 
+def test_a_run_that_ships_nothing_asks_for_an_arm(run: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(run, tmp_path / "run")
+    path = copy / "verdict.json"
+    values = json.loads(path.read_text()) | {"decision": "none", "arm": ""}
+    path.write_text(json.dumps(values))
+    with pytest.raises(RunError, match="no arm that its verdict would use") as caught:
+        recipes.specialist(copy)
+    assert "--arm: prompt, classical, lora" in caught.value.remedy
+    assert recipes.specialist(copy, "classical").name.endswith(":classical")
+
+
 # --- requests
 
 
@@ -305,7 +335,7 @@ def test_arms_that_write_honour_every_option(client: openai.OpenAI, arm: str) ->
 
 
 @pytest.mark.parametrize("arm", CHOOSING)
-def test_arms_that_choose_refuse_by_name_what_they_cannot_do(
+def test_arms_that_choose_take_sampling_and_refuse_nonsense(
     client: openai.OpenAI, arm: str
 ) -> None:
     def ask(**options: object) -> openai.types.chat.ChatCompletion:
@@ -313,15 +343,16 @@ def test_arms_that_choose_refuse_by_name_what_they_cannot_do(
 
     text = ask().choices[0].message.content
     assert text in {"animal", "food", "place"}
-    same = ask(max_tokens=16, temperature=0, top_p=1, seed=5, stop="nowhere").choices[0]
-    assert same.message.content == text
+    for sampling in ({"temperature": 0, "top_p": 1}, {"temperature": 1, "top_p": 0.5}):
+        same = ask(max_tokens=16, seed=5, stop="nowhere", **sampling).choices[0]
+        assert same.message.content == text
     stopped = ask(stop=text[1:3]).choices[0]
     assert (stopped.message.content, stopped.finish_reason) == (text[:1], "stop")
-    for option in ({"temperature": 0.7}, {"top_p": 0.5}):
-        with pytest.raises(openai.BadRequestError, match="draws no answers") as caught:
+    for option in ({"temperature": 3}, {"temperature": -1}, {"top_p": 1.5}):
+        with pytest.raises(openai.BadRequestError) as caught:
             ask(**option)
         assert [caught.value.param] == list(option)
-        assert caught.value.code == "unsupported_parameter"
+        assert caught.value.code == "invalid_value"
 
 
 @pytest.mark.parametrize("stream", [False, True])

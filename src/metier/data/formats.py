@@ -76,12 +76,12 @@ def find_layout(row: Row, format: Format, columns: Columns, answers: bool = True
     names = tuple(row.values)
     for column in (columns.input, columns.output, columns.group, columns.id, columns.time):
         if column is not None and column not in names:
-            raise missing_column(row.place, column, names)
+            raise missing_column(row.place, column, names, answers)
     if format == "auto":
         return _detect(row.place, names, columns, answers)
     layout = _layout(format, names, columns, answers)
     if layout is None:
-        raise _unfit(row.place, format, names)
+        raise _unfit(row.place, format, names, answers)
     return layout
 
 
@@ -103,7 +103,9 @@ def _detect(place: str, names: tuple[str, ...], columns: Columns, answers: bool)
     raise DataError(
         place,
         f"no known format has the columns {listed}",
-        "name them: set data.columns.input and data.columns.output",
+        "name them: set data.columns.input and data.columns.output"
+        if answers
+        else "rename the column of the input as it is called in the task's data",
     )
 
 
@@ -138,42 +140,55 @@ def _first(wanted: Iterable[str], names: tuple[str, ...]) -> str:
     return next((lower[name] for name in wanted if name in lower), "")
 
 
-def missing_column(place: str, column: str, names: Iterable[str]) -> DataError:
-    """The error for a column that is not there, with the nearest name that is."""
+def missing_column(
+    place: str, column: str, names: Iterable[str], answers: bool = True
+) -> DataError:
+    """The error for a column that is not there, with the nearest name that is.
+
+    A file of requests, without answers, is laid out as the task's data, which are not changed.
+    """
     known = list(names)
+    if not answers:
+        remedy = f"rename a column to '{column}', as the task's data call it: the columns are "
+        return DataError(place, f"has no column '{column}'", remedy + ", ".join(known))
     close = difflib.get_close_matches(column, known, n=1, cutoff=0.5)
     remedy = f"did you mean '{close[0]}'?" if close else f"the columns are {', '.join(known)}"
     return DataError(place, f"has no column '{column}'", remedy)
 
 
-def _unfit(place: str, format: Format, names: tuple[str, ...]) -> DataError:  # noqa: A002
+def _unfit(
+    place: str,
+    format: Format,  # noqa: A002
+    names: tuple[str, ...],
+    answers: bool,
+) -> DataError:
     if format in _CHATS:
-        return missing_column(place, _CHATS[format], names)
+        return missing_column(place, _CHATS[format], names, answers)
     inputs, outputs = (("instruction",), _ALPACA_OUTPUT) if format == "alpaca" else _PAIRS[format]
     lacking = inputs if not _first(inputs, names) else outputs
-    error = missing_column(place, lacking[0], names)
-    return DataError(
-        place, f"{error.cause} (format {format})", f"{error.remedy} Or set data.columns"
-    )
+    error = missing_column(place, lacking[0], names, answers)
+    other = " Or set data.columns" if answers else ""
+    return DataError(place, f"{error.cause} (format {format})", error.remedy + other)
 
 
 def messages_of(row: Row, layout: Layout, answers: bool = True) -> tuple[Message, ...]:
     """The chat of a row; its last message is the assistant's, the expected output.
 
-    With ``answers`` false, the answer of a row that has none is empty text.
+    With ``answers`` false, the answer of a row that has none is empty text, and so may its input
+    be: one empty request does not keep the others of a file from being answered.
     """
     for column in layout.columns:
         if column not in row.values and column != layout.context:
-            raise missing_column(row.place, column, row.values)
+            raise missing_column(row.place, column, row.values, answers)
     if layout.format in _CHATS:
         return _chat(row, layout, answers)
     prompt = text_of(row.values[layout.input], row.place, layout.input)
     context = row.values.get(layout.context) if layout.context else None
     if context is not None and (more := text_of(context, row.place, layout.context)).strip():
         prompt = f"{prompt}\n\n{more}" if prompt.strip() else more
-    _refuse_empty(prompt, row.place, layout.input, "input")
     answer = text_of(row.values[layout.output], row.place, layout.output) if layout.output else ""
     if answers:
+        _refuse_empty(prompt, row.place, layout.input, "input")
         _refuse_empty(answer, row.place, layout.output, "output")
     return ({"role": "user", "content": prompt}, {"role": "assistant", "content": answer})
 
@@ -239,7 +254,9 @@ def _chat(row: Row, layout: Layout, answers: bool) -> tuple[Message, ...]:
             'write [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]',
         )
     read = _sharegpt_message if layout.format == "sharegpt" else _message
-    messages = [read(turn, row.place, f"{column}[{number}]") for number, turn in enumerate(turns)]
+    messages = [
+        read(turn, row.place, f"{column}[{number}]", answers) for number, turn in enumerate(turns)
+    ]
     if not answers and messages[-1]["role"] != "assistant":
         messages.append({"role": "assistant", "content": ""})
     _check_order(messages, row.place, column)
@@ -273,17 +290,17 @@ def _role(value: Any, place: str, field: str, known: Iterable[str]) -> str:
     raise DataError(place, f"{field}: unknown role {value!r}", remedy)
 
 
-def _sharegpt_message(turn: Any, place: str, field: str) -> Message:
+def _sharegpt_message(turn: Any, place: str, field: str, answers: bool) -> Message:
     fields = _fields(turn, place, field)
     known = (*_SHAREGPT_ROLES, "system", "user", "assistant")
     role = _role(fields.get("from"), place, f"{field}.from", known)
     text = text_of(fields.get("value"), place, f"{field}.value")
-    if role not in ("gpt", "assistant"):
+    if answers and role not in ("gpt", "assistant"):
         _refuse_empty(text, place, f"{field}.value", "message")
     return {"role": _SHAREGPT_ROLES.get(role, role), "content": text}
 
 
-def _message(turn: Any, place: str, field: str) -> Message:
+def _message(turn: Any, place: str, field: str, answers: bool) -> Message:
     fields = _fields(turn, place, field)
     for key, value in fields.items():
         if key not in _MESSAGE_KEYS and value not in (None, [], {}):
@@ -300,7 +317,7 @@ def _message(turn: Any, place: str, field: str) -> Message:
             )
         _json_text(calls, place, f"{field}.tool_calls")
         message["tool_calls"] = calls
-    elif role != "assistant":
+    elif answers and role != "assistant":
         _refuse_empty(message["content"] or "", place, f"{field}.content", "message")
     if fields.get("weight") is not None:
         message["weight"] = _weight(fields["weight"], place, field)

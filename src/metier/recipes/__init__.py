@@ -236,8 +236,8 @@ def predict(
 ) -> Path:
     """Write a specialist's answers to every input of a file, as JSON lines.
 
-    Each line says whether its answer was finished. What is answered is kept in a file beside the
-    target, from which the same call goes on after an interruption.
+    Each line names the row of the file and says whether its answer was finished. What is answered
+    is kept in a file beside the target, from which the same call goes on after an interruption.
 
     Args:
         run: directory of a finished run.

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+from collections import Counter
 from collections.abc import Generator as PyGenerator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from metier.task import Arm, Task
 _CHUNK = 64
 _UNSUPPORTED = "unsupported_parameter"
 _TOO_LONG = "longer than the model's context allows"
+_EMPTY = "the input is empty"
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Specialist:
         """Yield an answer piece by piece, and return the whole.
 
         With the defaults it is the answer that was evaluated. An arm whose answers no language
-        model of its own writes has one answer only, the same for every seed.
+        model of its own writes has one answer only: seed, temperature and top_p change nothing.
 
         Args:
             chat: the request, ending with a user message.
@@ -79,7 +81,6 @@ class Specialist:
 
         """
         if self.engine is None:
-            _refuse_sampling(temperature, top_p)
             completion = self._only_answer(chat, max_new_tokens, stop)
             yield completion.text
             return completion
@@ -103,17 +104,6 @@ class Specialist:
         return arms.ended(completion, stop)
 
 
-def _refuse_sampling(temperature: float, top_p: float) -> None:
-    for name, value, neutral in (("temperature", temperature, 0), ("top_p", top_p, 1)):
-        if value != neutral:
-            raise RequestError(
-                name,
-                f"is {value}, but this arm draws no answers: it has one for each request",
-                f"leave it out or set it to {neutral}",
-                _UNSUPPORTED,
-            )
-
-
 def _too_long() -> RequestError:
     return RequestError(
         "messages",
@@ -127,12 +117,15 @@ def load_specialist(run: Path, arm: str | None) -> Specialist:
     """Load an arm of a finished run; by default the one the verdict names.
 
     Raises:
-        RunError: the run is not finished, or has no such arm.
+        RunError: the run is not finished, has no such arm, or its verdict names none.
 
     """
     verdict = read_verdict(run)
     wanted = arm or verdict.arm
     index = read_file(_Index, run / "arms.json", "run 'metier run' again: it writes this anew")
+    if not wanted:
+        remedy = f"choose one all the same with --arm: {', '.join(index.arms)}"
+        raise RunError(str(run), "has no arm that its verdict would use", remedy)
     if wanted not in index.arms:
         raise RunError(str(run), f"has no arm '{wanted}'", f"choose from {', '.join(index.arms)}")
     found = index.arms[wanted]
@@ -163,9 +156,10 @@ class _Index(Config):
 def predict(run: Path, file: Path, out: Path | None, arm: str | None, progress: Progress) -> Path:
     """Answer every input of a file; see `recipes.predict`.
 
-    A line holds `id`, `output` and `finished`, which is false where the answer was cut at the
-    length limit; `error` where there is none; `probability` where the arm has one. Until all are
-    there, they stand in a `.partial` file beside the target, from which the same call goes on.
+    A line holds `row`, the number of the input in the file (the first is 1, a header does not
+    count), `id`, `output` and `finished`, which is false where the answer was cut at the length
+    limit; `error` where there is none; `probability` where the arm has one. Until all are there,
+    they stand in a `.partial` file beside the target, from which the same call goes on.
 
     Raises:
         RunError: the target is there and holds no answers, or is being written.
@@ -246,8 +240,12 @@ def _answer(
     progress.advance(done)
     for start in range(done, len(rows), _CHUNK):
         chunk = rows[start : start + _CHUNK]
-        answers = generator.generate([row.prompt for row in chunk])
-        handle.writelines(_line(*pair) for pair in zip(chunk, answers, strict=True))
+        asked = [row for row in chunk if row.input.strip()]
+        answers = generator.generate([row.prompt for row in asked]) if asked else []
+        found = {row.id: answer for row, answer in zip(asked, answers, strict=True)}
+        handle.writelines(
+            _line(number, row.id, found.get(row.id)) for number, row in enumerate(chunk, start + 1)
+        )
         handle.flush()
         progress.advance(len(chunk))
     os.fsync(handle.fileno())
@@ -261,10 +259,14 @@ def _whole_lines(handle: BinaryIO) -> int:
     return content.count(b"\n")
 
 
-def _line(row: Example, answer: Completion) -> bytes:
-    line: dict[str, Any] = {"id": row.id, "output": answer.text, "finished": answer.finished}
-    if answer.refused:
-        line["error"] = _TOO_LONG
+def _line(number: int, name: str, answer: Completion | None) -> bytes:
+    """A row's line; an empty input has no answer."""
+    error = _EMPTY if answer is None else _TOO_LONG if answer.refused else ""
+    answer = answer or Completion("", finished=False)
+    line: dict[str, Any] = {"row": number, "id": name}
+    line |= {"output": answer.text, "finished": answer.finished}
+    if error:
+        line["error"] = error
     if answer.probability is not None:
         line["probability"] = round(answer.probability, 6)
     return json.dumps(line, ensure_ascii=False).encode() + b"\n"
@@ -272,13 +274,16 @@ def _line(row: Example, answer: Completion) -> bytes:
 
 def _count(answers: Path, progress: Progress) -> None:
     """Say how many answers are not whole."""
-    total = unfinished = refused = 0
+    total = cut = 0
+    errors: Counter[str] = Counter()
     with answers.open("rb") as handle:
         for line in map(json.loads, handle):
             total += 1
-            unfinished += not line["finished"]
-            refused += "error" in line
-    if unfinished > refused:
-        progress.say(f"{unfinished - refused} of {total} answers were cut at the length limit")
-    if refused:
-        progress.say(f"{refused} of {total} inputs are not answered: {_TOO_LONG}")
+            if "error" in line:
+                errors[line["error"]] += 1
+            else:
+                cut += not line["finished"]
+    if cut:
+        progress.say(f"{cut} of {total} answers were cut at the length limit")
+    for error, count in errors.items():
+        progress.say(f"{count} of {total} inputs are not answered: {error}")
