@@ -18,6 +18,7 @@ import numpy as np
 from metier.errors import RunError
 from metier.evaluation.schema import Sample
 from metier.graders import Grader, LabelSet
+from metier.model.memory import give_back
 from metier.progress import Progress, Silent
 from metier.records import Chat, Completion, Example, Generator, Score, input_text, transcript
 from metier.runs import write_atomic
@@ -71,6 +72,7 @@ def evaluate(
             graded.append(Graded(example, completion, grader.grade(completion.text, example)))
         if scratch:
             _append(scratch, graded[start:])
+        give_back()
         progress.advance(len(chunk))
     return graded
 

@@ -160,6 +160,15 @@ def answer_length(bench: Workbench, engine: Engine) -> int:
     return math.ceil(max(lengths, default=1) * 1.25) + 1
 
 
+def longest_row(bench: Workbench, engine: Engine) -> int:
+    """Tokens of the longest row that a tuned arm is trained on."""
+    limit = preflight.longest(bench.task.training, engine.context)
+    if any(arm.method == "lora+rag" for arm in bench.task.chosen_arms()):
+        return limit  # it is filled with what is looked up
+    rows = (engine.renderer.example(row.messages).ids for row in bench.parts.train)
+    return max((len(ids) for ids in rows if len(ids) <= limit), default=limit)
+
+
 def _too_long(bench: Workbench, example: Example, engine: Engine) -> bool:
     limit = preflight.longest(bench.task.training, engine.context)
     return len(engine.renderer.example(example.messages).ids) > limit

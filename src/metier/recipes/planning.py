@@ -21,9 +21,10 @@ from metier.errors import BudgetError
 from metier.evaluation import forgetting, runner, units
 from metier.evaluation.wording import phrasings
 from metier.model.adapters import add_lora
+from metier.model.decoder import evaluating, has_plain_cache, read_prefix
 from metier.model.generate import Engine
 from metier.model.load import load_base
-from metier.model.memory import PeakMemory
+from metier.model.memory import PeakMemory, give_back
 from metier.progress import Progress
 from metier.recipes import making
 from metier.recipes.workbench import Workbench
@@ -35,6 +36,8 @@ _SAMPLED = 24
 _LEAST_SECONDS = 0.2
 _MOST_ROWS = 16
 _READ, _WRITTEN = 128, 32
+_PROBED = 8
+_MOST_SECONDS = 10.0
 _CLASSICAL_PER_SECOND = 20_000
 _REMOTE_SECONDS = 0.5
 # Weight, gradient and the two moments of AdamW, in float32.
@@ -299,12 +302,13 @@ def _measure(
     speeds = {"base": _speed(engine)}
     if "full" in models:
         base.model.requires_grad_(requires_grad=True)
-        speeds["full"] = _trained(speeds["base"], engine, _FULL_BYTES * base.parameters)
+        longest = making.longest_row(bench, engine)
+        speeds["full"] = _trained(speeds["base"], engine, longest, _FULL_BYTES * base.parameters)
         base.model.zero_grad(set_to_none=True)
     if "lora" in models:
         adapted = add_lora(base.model, bench.task.training.lora, 0)
         tuned = Engine(adapted, engine.renderer, engine.max_new_tokens)
-        speeds["lora"] = _trained(_speed(tuned), tuned, 0)
+        speeds["lora"] = _trained(_speed(tuned), tuned, making.longest_row(bench, engine), 0)
     return engine, speeds
 
 
@@ -323,22 +327,46 @@ def _speed(engine: Engine) -> Speed:
             score=_rate(lambda rows: engine.logprobs([([1], [1] * length)] * rows), length),
             answering=0,
         )
-    return replace(speed, answering=memory.peak)
+    return replace(speed, answering=memory.peak + _cache_bytes(engine))
 
 
-def _trained(speed: Speed, engine: Engine, state: int) -> Speed:
+def _cache_bytes(engine: Engine) -> int:
+    """Bytes of keys and values of a full batch; 0 where a model keeps something else."""
+    if not has_plain_cache(engine.model):
+        return 0
+    with evaluating(engine.model):
+        layers = read_prefix(engine.model, [1] * _PROBED).layers
+    size = sum(part.nbytes for layer in layers for part in (layer.keys, layer.values))
+    return int(size * engine.batch_tokens // _PROBED)
+
+
+def _trained(speed: Speed, engine: Engine, longest: int, state: int) -> Speed:
     """The speed with that of training the parameters that want gradients.
 
     Args:
         speed: of answering.
         engine: holds the model.
+        longest: tokens of the longest row.
         state: bytes of what training keeps besides what is measured here.
 
     """
     loss, length = sft.answer_loss(engine.model), _length(engine)
+    rate = _rate(lambda rows: _train(loss, rows, length), length)
+    return replace(speed, train=rate, training=_training_memory(loss, rate, longest) + state)
+
+
+def _training_memory(loss: Callable[[Any], torch.Tensor], rate: float, longest: int) -> int:
+    """Bytes of this process that trains on a micro-batch of the longest rows.
+
+    Where that takes long, fewer rows are tried and what they need is scaled up.
+    """
+    rows = max(1, sft.MICRO_TOKENS // longest)
+    tried = max(1, min(rows, int(rate * _MOST_SECONDS / longest)))
+    give_back()
+    before = _resident()
     with PeakMemory() as memory:
-        rate = _rate(lambda rows: _train(loss, rows, length), length)
-    return replace(speed, train=rate, training=memory.peak + state)
+        _train(loss, tried, longest)
+    return before + (memory.peak - before) * rows // tried
 
 
 def _length(engine: Engine) -> int:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from metier import runs
 from metier.errors import TrainingError
 from metier.model import checkpoint
+from metier.model.memory import give_back
 from metier.progress import Progress, Silent
 
 _BAD_STEPS = 3
@@ -170,6 +171,7 @@ class Loop(Generic[B]):
             due = time.monotonic() - saved > self._plan.checkpoint_seconds
             if due or self.state.finished:
                 self._save()
+                give_back()
                 saved = time.monotonic()
         self._take_best()
         return self.state

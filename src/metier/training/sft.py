@@ -31,11 +31,13 @@ if TYPE_CHECKING:
 
     Model = PreTrainedModel | PeftModel
 
+MICRO_TOKENS = 2048
+"""Tokens, padding included, that are trained on at once."""
+
 # Of LoRA on a model 2,000 wide; "LoRA Without Regret" (Schulman et al. 2025) found the exponent on
 # Llamas, an optimum twice as high, and ten times the rate of full tuning. Half of it forgets less.
 _RATE, _RATE_WIDTH, _RATE_EXPONENT = 2.5e-4, 2000, -0.78
 _FULL = 0.3
-_MICRO_TOKENS = 2048
 _CHECKPOINT_SECONDS = 10.0
 
 
@@ -75,7 +77,7 @@ def fit(
 
     """
     batches = row_batches(train, training, seed=seed, pad_id=pad_id)
-    held_out = cut(validation, _MICRO_TOKENS, pad_id)
+    held_out = cut(validation, MICRO_TOKENS, pad_id)
     weight = sum(part.weight for part in held_out)
 
     def evaluate() -> dict[str, float]:
@@ -125,7 +127,7 @@ def row_batches(rows: Sequence[Row], training: Training, *, seed: int, pad_id: i
     return RowBatches(
         rows,
         step_rows=training.batch_size,
-        micro_tokens=_MICRO_TOKENS,
+        micro_tokens=MICRO_TOKENS,
         seed=seed,
         pad_id=pad_id,
     )
