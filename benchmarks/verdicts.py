@@ -34,7 +34,7 @@ TASKS = {
     "extract": ("metier demo extract --out {work}/run",),
     "banking77": (
         INIT.format(source="{data}/banking77/train.csv", work="{work}"),
-        f"{RUN} --set 'arms=[prompt, classical, full/head]' --set training.epochs=6",
+        f"{RUN} --set 'arms=[prompt, classical, full/head]' --set training.epochs=8",
     ),
     "snips": (PREPARE, INIT.format(source="{work}/train.jsonl", work="{work}"), RUN),
     "sroie": (INIT.format(source="{data}/sroie/receipts.jsonl", work="{work}"), RUN),
