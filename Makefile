@@ -33,7 +33,7 @@ types: $(READY)  ## Check types.
 
 check: lint types test  ## Everything a change must pass.
 
-bench: $(READY)  ## Measure again what the documentation claims (hours; needs ../shared/data).
+bench: $(READY)  ## Measure again what the documentation claims (hours; needs the data sets).
 	set -e; for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python $$script; done
 
 reference: $(READY)  ## Write docs/reference.md from the code.

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from metier.data.propose import propose
@@ -446,6 +446,7 @@ def test_the_file_is_named_from_where_the_task_stands(
 
 
 @settings(deadline=None, max_examples=40)
+@example(name="\x85", pairs=[("a text", "a")])
 @given(
     name=st.text(min_size=1, max_size=30).filter(lambda n: "/" not in n and "\0" not in n),
     pairs=st.lists(

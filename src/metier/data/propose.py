@@ -127,7 +127,7 @@ class _Text:
     def add(self, key: str, value: Any, *comments: str) -> None:
         """Append a key with its value."""
         self.values[key] = value
-        dumped = yaml.safe_dump({key: value}, sort_keys=False, allow_unicode=True, width=100)
+        dumped = _dump({key: value})
         self.lines += [*_comments(comments), dumped]
 
     def __str__(self) -> str:
@@ -412,3 +412,12 @@ def _split(examples: Sequence[Example]) -> tuple[dict[str, Any], list[str]]:
             "removes too many rows and they are different cases, raise near_duplicate towards 1.",
         ]
     return split, comments
+
+
+def _dump(values: dict[str, Any]) -> str:
+    dumped: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
+    if yaml.safe_load(dumped) == values:
+        return dumped
+    # To YAML, U+0085 and its like are ends of lines: a blank when read again, unless escaped.
+    escaped: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=False, width=100)
+    return escaped

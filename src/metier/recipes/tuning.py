@@ -157,7 +157,7 @@ def _fit_head(
     scratch: Path,
     settings: dict[str, Any],
 ) -> State:
-    """Learn to read the inputs, then their labels; the seconds are those of both."""
+    """Learn to read the inputs, then their labels; seconds and skipped steps are those of both."""
     training = bench.task.training
     train, held = (classify.label_rows(p.rows, p.examples, bench.labels) for p in rows)
     read = sft.fit(
@@ -171,7 +171,9 @@ def _fit_head(
     )
     loss = classify.head_loss(classifier)
     state = sft.fit(classifier, loss, train, held, training, directory=scratch, **settings)
-    return dataclasses.replace(state, seconds=read.seconds + state.seconds)
+    return dataclasses.replace(
+        state, seconds=read.seconds + state.seconds, skipped=read.skipped + state.skipped
+    )
 
 
 def _write(arm: Arm, base: Base, model: Any, directory: Path) -> None:
