@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -21,7 +22,7 @@ OTHER = [("Billing", "billing"), ("\ufb01t", "fit"), ("card", "cards")]
 @pytest.mark.parametrize(("one", "other"), [*SAME, *OTHER])
 def test_what_is_refused_is_what_the_grader_cannot_tell_apart(one: str, other: str) -> None:
     pair = [example(1, "a", one), example(2, "b", other)]
-    grader = load_grader("exact", "classification", [one, other], None)
+    grader = load_grader("exact", "classification", [one, other], Path())
     if grader.grade(other, pair[0]).value:
         with pytest.raises(DataError, match="white space alone"):
             refuse_same(pair)

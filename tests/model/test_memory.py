@@ -4,25 +4,38 @@ from __future__ import annotations
 
 import platform
 
-import psutil
 import pytest
 import torch
 
-from metier.model.memory import give_back
+from metier.model.memory import Thrift, give_back, resident
+
+GLIBC = pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="other C libraries return memory themselves"
+)
 
 
-def _resident() -> int:
-    return int(psutil.Process().memory_info().rss)
+def _freed_between_others() -> torch.Tensor:
+    """Frees 256 MB of tensors too small to be mapped alone; what is returned stands above them."""
+    return [torch.ones(16_000) for _ in range(4_000)][-1]
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries return memory")
+@GLIBC
 def test_freed_memory_goes_back_to_the_system() -> None:
-    pieces = [torch.ones(16_000) for _ in range(4_000)]  # 256 MB, too small to be mapped alone
-    last = pieces[-1]
-    full = _resident()
-    del pieces
-    kept = _resident()
     give_back()
-    assert full - _resident() > 200e6
-    assert full - kept < 100e6, "control: without it the memory stays"
+    before = resident()
+    last = _freed_between_others()
+    assert resident() - before > 200e6, "control: by itself the memory stays"
+    give_back()
+    assert resident() - before < 50e6
+    assert last.sum() == 16_000
+
+
+@GLIBC
+@pytest.mark.parametrize(("slack", "stays"), [(1 << 30, True), (1 << 26, False)])
+def test_memory_is_given_back_only_after_growth(slack: int, stays: bool) -> None:
+    give_back()
+    before, thrift = resident(), Thrift(slack)
+    last = _freed_between_others()
+    thrift.look()
+    assert (resident() - before > 200e6) == stays
     assert last.sum() == 16_000

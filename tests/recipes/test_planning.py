@@ -13,7 +13,7 @@ import torch
 from metier import recipes
 from metier.errors import BudgetError, ConfigError
 from metier.model.load import load_base
-from metier.model.memory import give_back
+from metier.model.memory import give_back, resident
 from metier.progress import Silent
 from metier.recipes import making, planning
 from metier.recipes.planning import ArmPlan, Plan, Speed
@@ -200,7 +200,7 @@ def test_training_memory_is_that_of_a_whole_micro_batch_of_the_longest_rows(rate
         return held.sum()
 
     give_back()
-    before = planning._resident()
+    before = resident()
     rows = sft.MICRO_TOKENS // 64
     found = planning._training_memory(loss, rate, 64)
     assert tried == [rows if rate > 1 else 1]

@@ -44,9 +44,8 @@ class PeakMemory:
             self.peak = max(self.peak, torch.cuda.max_memory_allocated())
 
     def _watch(self) -> None:
-        process = psutil.Process()
         while True:
-            self.peak = max(self.peak, process.memory_info().rss)
+            self.peak = max(self.peak, resident())
             if self._stop.wait(_INTERVAL):
                 return
 
@@ -60,3 +59,25 @@ def give_back() -> None:
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)
         trim(0)
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds."""
+    return int(psutil.Process().memory_info().rss)
+
+
+class Thrift:
+    """Gives memory back whenever the process has grown by some bytes since it last did.
+
+    Each time costs as much as fetching anew the pages that are still used in turn.
+    """
+
+    def __init__(self, slack: int = 1 << 29) -> None:
+        self._slack = slack
+        self._held = resident()
+
+    def look(self) -> None:
+        """Give back if it is time."""
+        if resident() - self._held > self._slack:
+            give_back()
+            self._held = resident()

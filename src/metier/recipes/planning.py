@@ -24,7 +24,7 @@ from metier.model.adapters import add_lora
 from metier.model.decoder import evaluating, has_plain_cache, read_prefix
 from metier.model.generate import Engine
 from metier.model.load import load_base
-from metier.model.memory import PeakMemory, give_back
+from metier.model.memory import PeakMemory, give_back, resident
 from metier.progress import Progress
 from metier.recipes import making
 from metier.recipes.workbench import Workbench
@@ -176,7 +176,7 @@ def _local(arm: Arm) -> bool:
 
 def _plan_elsewhere(bench: Workbench, arm: Arm, made: Collection[str]) -> ArmPlan:
     """An arm without a base; what it needs besides this process is small."""
-    parts, memory = bench.parts, _resident()
+    parts, memory = bench.parts, resident()
     making_it, answering = len(parts.train) * len(bench.labels) / _CLASSICAL_PER_SECOND, 0.0
     if arm.method == "remote":
         names = [phrasing.name for phrasing in phrasings(bench.task.kind)]
@@ -363,7 +363,7 @@ def _training_memory(loss: Callable[[Any], torch.Tensor], rate: float, longest: 
     rows = max(1, sft.MICRO_TOKENS // longest)
     tried = max(1, min(rows, int(rate * _MOST_SECONDS / longest)))
     give_back()
-    before = _resident()
+    before = resident()
     with PeakMemory() as memory:
         _train(loss, tried, longest)
     return before + (memory.peak - before) * rows // tried
@@ -404,9 +404,3 @@ def _read(engine: Engine, rows: int, length: int) -> None:
 def _train(loss: Callable[[Any], torch.Tensor], rows: int, length: int) -> None:
     row = Row((1,) * length, (False,) * (length - 4) + (True,) * 4)
     loss(pad([row] * rows, 0)).backward()  # type: ignore[no-untyped-call]
-
-
-def _resident() -> int:
-    import psutil
-
-    return int(psutil.Process().memory_info().rss)

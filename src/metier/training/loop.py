@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from metier import runs
 from metier.errors import TrainingError
 from metier.model import checkpoint
-from metier.model.memory import give_back
+from metier.model.memory import Thrift
 from metier.progress import Progress, Silent
 
 _BAD_STEPS = 3
@@ -162,16 +162,16 @@ class Loop(Generic[B]):
         """
         self._resume()
         began = time.monotonic() - self.state.seconds
-        saved = time.monotonic()
+        saved, thrift = time.monotonic(), Thrift()
         self._progress.advance(self.state.step)
         while not self.state.finished:
             self._step()
             self._maybe_evaluate()
+            thrift.look()
             self.state.seconds = time.monotonic() - began
             due = time.monotonic() - saved > self._plan.checkpoint_seconds
             if due or self.state.finished:
                 self._save()
-                give_back()
                 saved = time.monotonic()
         self._take_best()
         return self.state
