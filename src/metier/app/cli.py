@@ -318,8 +318,8 @@ def serve(
 ) -> None:
     """Serve the specialist as an OpenAI-compatible API.
 
-    The key is METIER_API_KEY where that is set, else a new one, printed once. Answers are greedy
-    unless a request names a temperature: they are the answers that the verdict measured.
+    The key is METIER_API_KEY where that is set, else a new one, printed once.
+    Answers are those the verdict measured unless a request names a temperature.
     """
     from metier import recipes
 
