@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from metier.data import files
@@ -333,7 +333,6 @@ _SEEDS = [GOOD * 3, b"text,label\na,x\nb,y\n", chat(("user", "a"), ("assistant",
 _NAMES = ["a.jsonl", "a.json", "a.csv", "a.tsv", "a.parquet", "a.jsonl.gz", "a.csv.zst"]
 
 
-@settings(deadline=None)
 @given(
     seed=st.sampled_from(_SEEDS),
     name=st.sampled_from(_NAMES),

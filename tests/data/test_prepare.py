@@ -55,7 +55,6 @@ WORDS = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(
     texts=st.lists(WORDS.map(" ".join) | st.text("ab", min_size=1, max_size=8), max_size=12),
     threshold=st.sampled_from([0.3, 0.5, 0.7, 0.8, 0.9, 1.0]),
@@ -69,7 +68,7 @@ def test_all_pairs_above_the_threshold_are_found_and_no_others(
     assert partition(found) == all_pairs(normal, threshold)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.randoms(), st.sampled_from([0.5, 0.7, 0.8]))
 def test_texts_close_to_the_threshold_are_told_apart(
     source: random.Random, threshold: float
@@ -85,7 +84,6 @@ def test_texts_close_to_the_threshold_are_told_apart(
     assert partition(near_duplicate_clusters(texts, threshold)) == all_pairs(texts, threshold)
 
 
-@settings(deadline=None)
 @given(st.lists(WORDS.map(" ".join), min_size=1, max_size=10), st.randoms())
 def test_clusters_do_not_depend_on_the_order(texts: list[str], source: random.Random) -> None:
     order = list(range(len(texts)))

@@ -445,7 +445,7 @@ def test_the_file_is_named_from_where_the_task_stands(
     assert elsewhere.data.file == str(path)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @example(name="\x85", pairs=[("a text", "a")])
 @given(
     name=st.text(min_size=1, max_size=30).filter(lambda n: "/" not in n and "\0" not in n),

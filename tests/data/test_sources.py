@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from metier.data.files import MAX_ROW
@@ -266,7 +266,6 @@ def test_requests_may_be_empty_but_examples_may_not(tmp_path: Path) -> None:
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1)
 
 
-@settings(deadline=None)
 @given(
     rows=st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=5),
     suffix=st.sampled_from(["jsonl", "json", "parquet"]),

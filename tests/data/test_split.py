@@ -78,7 +78,7 @@ SEEDS = st.integers(0, 10**6)
 CONFIG = Split(test=0.3, validation=0.2)
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(SEEDS)
 def test_no_group_or_near_duplicate_stands_in_two_parts(seed: int) -> None:
     made = rows(120, seed=seed)
@@ -94,7 +94,7 @@ def test_control_without_removal_the_check_fails() -> None:
         check_sealed(leaky, 0.8)
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(SEEDS, st.randoms())
 def test_the_order_of_rows_does_not_matter(seed: int, source: random.Random) -> None:
     made = rows(100, seed=seed)
@@ -105,7 +105,7 @@ def test_the_order_of_rows_does_not_matter(seed: int, source: random.Random) -> 
     assert split(shuffled, config, "classification") == before
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(SEEDS, SEEDS)
 def test_added_rows_never_move_a_row(seed: int, other: int) -> None:
     """With kind expansion no rare label is repaired, the one exception."""
@@ -117,7 +117,7 @@ def test_added_rows_never_move_a_row(seed: int, other: int) -> None:
     assert {name: before[name] for name in kept} == {name: after[name] for name in kept}
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(SEEDS)
 def test_rows_of_the_test_part_are_never_removed(seed: int) -> None:
     parts = split(rows(100, seed=seed), CONFIG, "expansion")
@@ -178,7 +178,7 @@ def test_official_parts_may_use_the_same_ids() -> None:
     assert {row.id for row in parts.test} == {row.id for row in test}
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(SEEDS, st.integers(2, 40))
 def test_every_label_with_three_independent_groups_stands_in_every_part(
     seed: int, labels: int
@@ -209,7 +209,7 @@ def test_rare_labels_are_named_and_go_to_training_first() -> None:
     assert "the validation part lacks the labels 'pair', 'unique'" in warnings
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(SEEDS)
 def test_a_move_never_takes_a_label_from_its_part(seed: int) -> None:
     """Groups of two labels: against the same split without the repair of labels."""
@@ -405,7 +405,7 @@ def test_texts_too_short_to_be_looked_for_are_counted() -> None:
     assert not_looked_for(test[2:]) == []
 
 
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(SEEDS)
 def test_parts_are_read_from_files(tmp_path_factory: pytest.TempPathFactory, seed: int) -> None:
     import json

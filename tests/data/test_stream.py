@@ -152,7 +152,7 @@ def test_held_out_documents_are_chosen_by_their_text() -> None:
 
 
 @given(st.integers(1, 300), st.integers(0, 10**9))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_permute_is_a_permutation(size: int, key: int) -> None:
     assert sorted(permute(i, size, key) for i in range(size)) == list(range(size))
 
@@ -245,7 +245,7 @@ def longest_unparted(text: str) -> int:
     st.text(st.sampled_from("ab1 \t\r\n.'!sé日\u00a0\u2028\x1c\x85<|eos|>"), max_size=80),
     st.integers(1, 5),
 )
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_a_document_in_pieces_has_the_tokens_of_the_whole(
     tmp_path_factory: pytest.TempPathFactory, batches: Batches, text: str, more: int
 ) -> None:
@@ -306,7 +306,7 @@ def numbered(path: Path, first: int, size: int) -> TokenFile:
     length=st.integers(1, 10),
     seed=st.integers(0, 2**32 - 1),
 )
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 def test_a_pass_sees_every_slot_as_often_as_its_file_weighs(
     tmp_path_factory: pytest.TempPathFactory,
     sizes: tuple[int, int],
@@ -349,7 +349,7 @@ def test_a_pass_sees_every_slot_as_often_as_its_file_weighs(
     st.integers(1, 20),
     st.integers(0, 10**6),
 )
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_a_window_is_a_stretch_of_the_file_and_begins_at_a_paragraph_if_its_slot_has_one(
     tmp_path_factory: pytest.TempPathFactory, text: str, length: int, index: int
 ) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from metier.errors import ModelError
@@ -207,7 +207,6 @@ def test_the_label_list_goes_last_and_is_counted() -> None:
     assert rag(TASK, _always, lambda _: ["aa"]).notes() == ()
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.sampled_from(["a", "b c", "d e f"]), max_size=6),
     st.integers(1, 20),

@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from metier.evaluation.wording import BARE, Phrasing, Wording, default_instruction, phrasings
@@ -71,7 +71,6 @@ def test_bare_wording_changes_nothing() -> None:
     assert Wording(BARE)(chat) == chat
 
 
-@settings(deadline=None)
 @given(st.text(), st.text(), st.sampled_from([p for kind in KINDS for p in phrasings(kind)]))
 def test_any_input_stands_in_the_request_word_for_word(
     text: str, instruction: str, phrasing: Phrasing

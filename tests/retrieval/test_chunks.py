@@ -3,7 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from metier.errors import DataError
@@ -70,7 +70,6 @@ def test_text_without_spaces_is_cut_too(text: str) -> None:
     assert max(len(passage.text.encode()) for passage in passages) <= WORDS * 10 + 10
 
 
-@settings(deadline=None)
 @given(st.text(alphabet=st.sampled_from("ab .\n#`字-="), max_size=1500))
 def test_nothing_is_lost_and_no_passage_is_long(text: str) -> None:
     passages = split(text, "a.md")

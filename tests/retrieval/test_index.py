@@ -3,7 +3,7 @@ from __future__ import annotations
 from fractions import Fraction
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from metier.errors import DataError
@@ -21,7 +21,6 @@ def test_fusion_breaks_ties_by_position() -> None:
     assert [hit.position for hit in reciprocal_rank_fusion([[5], [2]], k=2)] == [2, 5]
 
 
-@settings(deadline=None)
 @given(st.lists(st.permutations(range(6)), min_size=1, max_size=4), st.integers(1, 8))
 def test_fusion_is_a_ranking_that_respects_agreement(rankings: list[list[int]], k: int) -> None:
     found = [hit.position for hit in reciprocal_rank_fusion(rankings, k)]

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from metier.errors import DataError
@@ -89,7 +89,6 @@ def test_nothing_to_index_is_refused(texts: tuple[str, ...], cause: str) -> None
         LexicalIndex(texts)
 
 
-@settings(deadline=None)
 @given(st.lists(st.text(max_size=40), max_size=8), st.text(max_size=40), st.integers(1, 5))
 def test_any_text_can_be_indexed_and_searched(texts: list[str], query: str, k: int) -> None:
     hits = LexicalIndex([*texts, "card"]).search(query, k)

@@ -154,7 +154,7 @@ def status(body):
     return 200
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.dictionaries(names, json_values, max_size=4))
 def test_any_json_is_read_or_refused(fields):
     base = {"model": "m", "messages": [USER]}

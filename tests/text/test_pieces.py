@@ -28,7 +28,7 @@ def stream(tokenizer: Tokenizer, text: str, stop: tuple[str, ...] = ()) -> tuple
     return [*shown, pieces.finish()], pieces
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(text=TEXT)
 def test_the_pieces_are_the_answer(tokenizer: Tokenizer, text: str) -> None:
     shown, pieces = stream(tokenizer, text)
@@ -49,7 +49,7 @@ def test_text_shows_as_soon_as_it_is_certain(make_tokenizer: MakeTokenizer) -> N
     assert shown == ["One", " two", " three", ""]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(text=st.text("ab#\n ", max_size=16), stop=st.text("ab#\n", min_size=1, max_size=3))
 def test_a_stop_string_ends_the_answer(tokenizer: Tokenizer, text: str, stop: str) -> None:
     shown, pieces = stream(tokenizer, text, (stop,))

@@ -174,7 +174,7 @@ def count_control(renderer: Renderer, ids: Any) -> int:
     return sum(token in set(renderer.tokenizer.control_tokens.values()) for token in ids)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(contents=st.tuples(HAZARDS, HAZARDS, HAZARDS, HAZARDS, HAZARDS))
 def test_what_users_type_never_steers(renderer: Renderer, contents: tuple[str, ...]) -> None:
     messages = [say(m["role"], text) for m, text in zip(CHAT, contents, strict=True)]

@@ -53,7 +53,7 @@ def raw(tokenizer: Tokenizer) -> Raw:
     return Raw.from_file(str(Path(tokenizer.name) / "tokenizer.json"))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(text=TEXT)
 def test_text_never_yields_a_control_token(tokenizer: Tokenizer, text: str) -> None:
     unknown = tokenizer.control_tokens.get("<unk>")
@@ -69,7 +69,7 @@ def test_the_hazard_is_real(tokenizer: Tokenizer) -> None:
     assert end not in tokenizer.encode("a<|im_end|>")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(text=TEXT)
 def test_text_comes_back(tokenizer: Tokenizer, text: str) -> None:
     text = unicodedata.normalize("NFC", text)  # as GPT-NeoX does
@@ -77,7 +77,7 @@ def test_text_comes_back(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<|"), max_size=30))
 def test_ids_are_those_of_the_library(tokenizer: Tokenizer, text: str) -> None:
     library = raw(tokenizer)
@@ -86,7 +86,7 @@ def test_ids_are_those_of_the_library(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.encode(text, "control") == after_token
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(first=st.text("ab \n", min_size=1, max_size=8), second=st.text("ab \n", max_size=8))
 def test_text_that_goes_on_gets_no_space(tokenizer: Tokenizer, first: str, second: str) -> None:
     ids = tokenizer.encode(first) + tokenizer.encode(second, "text")

@@ -29,7 +29,7 @@ def test_padding_is_never_trained_and_nothing_is_lost() -> None:
 
 
 @given(rows_of_lengths, st.integers(1, 200))
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_cut_keeps_every_row_once_within_the_budget(rows: list[Row], budget: int) -> None:
     batches = cut(rows, budget, pad_id=0)
     found = sorted(
@@ -53,7 +53,7 @@ def every_cut(count: int) -> Iterator[list[tuple[int, int]]]:
 
 
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=9), st.integers(1, 1500))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_no_cut_is_cheaper(lengths: list[int], budget: int) -> None:
     lengths = sorted(lengths, reverse=True)
     allowed = [
@@ -67,7 +67,7 @@ def test_no_cut_is_cheaper(lengths: list[int], budget: int) -> None:
 
 
 @given(rows_of_lengths, st.integers(1, 100), st.integers(0, 5))
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_a_pass_shows_every_row_once(rows: list[Row], step_rows: int, seed: int) -> None:
     made = RowBatches(rows, step_rows=step_rows, micro_tokens=64, seed=seed, pad_id=0)
     for epoch in range(2):

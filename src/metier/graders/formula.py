@@ -48,6 +48,8 @@ class Formula:
     def __init__(self, text: str, names: Collection[str]) -> None:
         if len(text) > _MAX_LENGTH:
             raise ValueError(f"is longer than {_MAX_LENGTH} characters")
+        if "\0" in text:  # Python before 3.11.4 reads no further
+            raise ValueError("cannot be read as arithmetic: it holds a null character")
         try:
             self._tree = ast.parse(text.replace("^", "**").strip(), mode="eval").body
             self._compute(self._tree, dict.fromkeys(names, 0.5))
