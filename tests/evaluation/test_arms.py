@@ -28,6 +28,7 @@ from metier.model.load import load_base
 from metier.records import Chat, Completion, Example, Message
 from metier.retrieval.lexical import LexicalIndex
 from metier.text.template import Renderer
+from tests.evaluation.talks import talk
 
 TASK = Wording(Phrasing("p", "{task}\n{input}", "{input}"), "Classify.", ("cards", "refunds"))
 
@@ -109,28 +110,11 @@ def test_snippets_are_examples_with_answers_and_passages() -> None:
     assert snippets((), passages, LexicalIndex, 1)("cards") == ["Cards take two."]
 
 
-def _talk(text: str, answer: str, group: str = "") -> Example:
-    messages: tuple[Message, ...] = (
-        {"role": "system", "content": "system of the example"},
-        {"role": "user", "content": text},
-        {"role": "assistant", "content": "Shall I look?"},
-        {"role": "user", "content": "yes"},
-        {"role": "assistant", "content": answer},
-    )
-    return Example(text, messages, group)
-
-
-TALKS = (
-    _talk("my card is lost", "cards", "g1"),
-    _talk("My card  is LOST", "cards"),
-    _talk("is my card lost or stolen", "cards", "g1"),
-    _talk("where is my refund", "refunds"),
-    _talk("the card does not work", "cards"),
-)
+TALKS = tuple(talk(row.input, row.answer, row.group) for row in TRAIN)
 
 
 def test_the_nearest_conversation_is_by_all_its_turns() -> None:
-    new = _talk("my refund did not come, where is it", "")
+    new = talk("my refund did not come, where is it", "")
     asked: list[str] = []
 
     def look_up(text: str) -> list[Example]:
@@ -156,7 +140,7 @@ def test_a_conversation_never_finds_itself_its_copies_or_its_group() -> None:
 
 def test_snippets_show_the_whole_conversation() -> None:
     look_up = snippets(TALKS, ["Cards take two days."], LexicalIndex, 1)
-    chat = rag(Wording(BARE), _always, look_up)(_talk("where is it, the refund", "").prompt)
+    chat = rag(Wording(BARE), _always, look_up)(talk("where is it, the refund", "").prompt)
     assert chat[-1]["content"] == (
         "Context:\nInput: user: where is my refund\nassistant: Shall I look?\nuser: yes\n"
         "Output: refunds\n\nyes"

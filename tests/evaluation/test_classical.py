@@ -8,8 +8,9 @@ import pytest
 
 from metier.errors import DataError, RunError
 from metier.evaluation.classical import STRENGTHS, Classical
-from metier.records import Example, Message
+from metier.records import Example
 from metier.retrieval.lexical import tokenize
+from tests.evaluation.talks import talk
 
 LABELS = 8
 
@@ -148,22 +149,11 @@ def test_training_inputs_without_words_are_refused() -> None:
 
 def test_the_first_turn_decides() -> None:
     labels = ["cards", "cash", "fees", "loans", "pins", "rates", "tax"]
-    rows = [_talk(f"question {at} about {labels[at % 7]}", labels[at % 7]) for at in range(150)]
+    rows = [talk(f"question {at} about {labels[at % 7]}", labels[at % 7]) for at in range(150)]
     model = Classical.fit(rows[:70], rows[70:110])
     assert _accuracy(model, rows[110:]) == 1.0
-    cut = [_talk("question", row.answer) for row in rows[110:]]
+    cut = [talk("question", row.answer) for row in rows[110:]]
     assert _accuracy(model, cut) < 0.3, "control: nothing else tells the labels apart"
-
-
-def _talk(text: str, answer: str) -> Example:
-    messages: tuple[Message, ...] = (
-        {"role": "system", "content": "You answer questions."},
-        {"role": "user", "content": text},
-        {"role": "assistant", "content": "Shall I look?"},
-        {"role": "user", "content": "yes"},
-        {"role": "assistant", "content": answer},
-    )
-    return Example(text, messages)
 
 
 def test_of_single_messages_it_reads_just_that_message(
