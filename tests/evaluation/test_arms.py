@@ -223,21 +223,6 @@ def test_an_arm_answers_the_composed_chats() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "line"),
-    [("billing.\nQuestion: next", "billing."), ("\n billing \n\nx", "billing"), ("", "")],
-)
-def test_a_label_is_the_first_line(text: str, line: str) -> None:
-    arm = Composed(Echo(text), prompt(TASK, _always), first_line=True)
-    assert arm.generate([_chat("a")]) == [Completion(line, 7, 3)]
-
-
-def test_an_answer_ends_where_the_base_goes_on_with_the_next_turn() -> None:
-    text = '{"a": 1}\n\nsecond line\n\n### Question:\nanother'
-    arm = Composed(Echo(text), prompt(TASK, _always), until="### Question:")
-    assert arm.generate([_chat("a")]) == [Completion('{"a": 1}\n\nsecond line', 7, 3)]
-
-
-@pytest.mark.parametrize(
     ("text", "finished"), [("billing", False), ("billing\nQuestion", True), ("billing # x", True)]
 )
 def test_only_an_answer_that_did_not_reach_its_end_was_cut(text: str, finished: bool) -> None:

@@ -156,6 +156,16 @@ def test_a_request_that_does_not_fit_costs_only_its_own_answer(
     assert "longer than the endpoint's context" in arm.notes()[0]
 
 
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [("billing.\nQuestion: next", "billing."), ("\n billing \n\nx", "billing"), ("", "")],
+)
+def test_a_label_is_the_first_line(serve: Callable[..., Stub], text: str, line: str) -> None:
+    stub = serve(lambda _: _completion(text))
+    (answer,) = RemoteGenerator(_remote(stub), 16, ("\n",)).generate(_chats(1))
+    assert answer == Completion(line, 11, 3)
+
+
 def test_an_answer_cut_at_the_limit_is_marked(serve: Callable[..., Stub]) -> None:
     stub = serve(lambda _: _completion("x", finish="length"))
     assert RemoteGenerator(_remote(stub), 1).generate(_chats(1))[0].finished is False

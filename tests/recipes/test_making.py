@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from metier.errors import ConfigError, ModelError, TrainingError
+from metier.evaluation.wording import phrasings
 from metier.model.generate import Engine
 from metier.model.load import load_base
 from metier.progress import Silent
@@ -16,6 +17,7 @@ from metier.text.template import Renderer
 from tests.recipes.conftest import write_task
 
 LORA_RAG = Arm.of("lora+rag")
+PHRASING = phrasings("classification")[0].name
 
 
 def open_with(directory: Path, base: Path, **changes: object) -> tuple[Workbench, Engine]:
@@ -177,3 +179,17 @@ def test_notes_speak_of_requests_answered_before(tmp_path: Path, stories260k: Pa
         notes.append(built.notes())
     assert notes[0] == notes[1]
     assert notes[0][0].startswith("1 of 3 requests are longer")
+
+
+@pytest.mark.parametrize(
+    ("name", "stop"),
+    [("prompt", ("\n", "### Question:")), ("rag", ("\n", "### Question:")), ("lora+rag", ("\n",))],
+)
+def test_a_base_that_goes_on_by_itself_is_stopped(
+    tmp_path: Path, stories260k: Path, name: str, stop: tuple[str, ...]
+) -> None:
+    bench, engine = open_with(tmp_path, stories260k, template="question-answer")
+    built = making._composed(bench, Arm.of(name), engine, PHRASING)
+    assert engine.stop == stop
+    answers = built.generator.generate([row.prompt for row in bench.parts.validation[:3]])
+    assert not any("\n" in answer.text for answer in answers)

@@ -59,9 +59,10 @@ def test_a_limit_and_a_stop_text_cut_the_same_answer(ask):
     assert stopped.finish_reason == "stop"
 
 
-def test_a_composed_arm_ends_where_the_evaluated_one_ends(engine):
+def test_a_composed_arm_ends_where_the_evaluated_one_ends(engine, monkeypatch):
     word = engine.generate([STORY])[0].text.split()[3]
-    arm = Composed(engine, lambda chat: chat, until=word)
+    monkeypatch.setattr(engine, "stop", (word,))
+    arm = Composed(engine, lambda chat: chat)
     pieces = Specialist("stories", None, arm, engine, "").stream(STORY)
     text = ""
     while True:

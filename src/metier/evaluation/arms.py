@@ -222,31 +222,19 @@ class Composed:
     Args:
         inner: answers the composed chats.
         compose: makes the request of a chat.
-        first_line: keep the first line of an answer only, as a label is one line and a base
-            without instruction tuning goes on with more questions of its own.
-        until: keep an answer only up to this text, with which such a base goes on.
 
     Attributes:
         compose: makes the request of a chat.
-        stop: texts at which an answer ends; they are not part of it.
 
     """
 
-    def __init__(
-        self,
-        inner: Generator,
-        compose: Callable[[Chat], Chat],
-        first_line: bool = False,
-        until: str = "",
-    ) -> None:
+    def __init__(self, inner: Generator, compose: Callable[[Chat], Chat]) -> None:
         self._inner = inner
         self.compose = compose
-        self.stop = tuple(text for text in (until, "\n" if first_line else "") if text)
 
     def generate(self, chats: Sequence[Chat]) -> list[Completion]:
         """Answer each chat."""
-        answers = self._inner.generate([self.compose(chat) for chat in chats])
-        return [ended(answer, self.stop) for answer in answers]
+        return self._inner.generate([self.compose(chat) for chat in chats])
 
 
 def ended(answer: Completion, stop: Sequence[str]) -> Completion:

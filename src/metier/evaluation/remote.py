@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from metier.errors import RemoteError
 from metier.records import Chat, Completion
 from metier.task import Remote
+from metier.text.pieces import before
 
 if TYPE_CHECKING:
     import httpx2
@@ -47,14 +48,15 @@ class RemoteGenerator:
     Args:
         remote: the endpoint.
         max_new_tokens: longest answer in tokens.
+        stop: strings that end an answer and are not part of it; whatever the endpoint writes.
 
     Raises:
         RemoteError: the address is none, or the key is not in the environment.
 
     """
 
-    def __init__(self, remote: Remote, max_new_tokens: int) -> None:
-        self._remote = remote
+    def __init__(self, remote: Remote, max_new_tokens: int, stop: Sequence[str] = ()) -> None:
+        self._remote, self._stop = remote, stop
         self._key = _key(remote)
         self._client = _client(remote, self._key)
         weakref.finalize(self, self._client.close)
@@ -124,7 +126,8 @@ class RemoteGenerator:
         if not isinstance(read, int) or not isinstance(written, int):
             self._notes["the endpoint does not report tokens: their number and cost miss"] = None
             read = written = 0
-        return Completion(text, read, written, choice.finish_reason != "length")
+        answer, stopped = before(text, self._stop)
+        return Completion(answer, read, written, stopped or choice.finish_reason != "length")
 
     def _explain(self, error: APIError | ValueError) -> RemoteError:
         from openai import APIConnectionError, APIStatusError, APITimeoutError

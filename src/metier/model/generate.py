@@ -46,7 +46,7 @@ class Engine:
         renderer: chat to ids and ids to answer.
         max_new_tokens: longest answer in tokens, its stop token included.
         batch_tokens: tokens (prompts, padding and answers) that one batch may hold.
-        stop: strings that end an answer of `generate` and are not part of it.
+        stop: strings that end every answer and are not part of it.
         context: longest sequence the model can read, or None where it names no limit.
 
     """
@@ -125,7 +125,7 @@ class Engine:
             top_p: draw only among the likeliest tokens that hold this share of probability
                 (nucleus sampling, Holtzman et al. 2019, arXiv 1904.09751).
             seed: makes a drawn answer repeatable.
-            stop: strings that end the answer and are not part of it.
+            stop: more strings that end the answer and are not part of it.
 
         Returns:
             The whole Completion, as the generator's return value.
@@ -139,7 +139,7 @@ class Engine:
         limit = max_new_tokens or self.max_new_tokens
         self._check_room(len(prompt), limit, "prompt")
         draw = _Draw(temperature, top_p, seed)
-        pieces = Pieces(self.renderer.tokenizer, stop)
+        pieces = Pieces(self.renderer.tokenizer, [*self.stop, *stop])
         finished = False
         for token in self._tokens(prompt, limit, draw):
             if token in self.renderer.stop_ids:

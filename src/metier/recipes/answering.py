@@ -85,7 +85,7 @@ class Specialist:
             yield completion.text
             return completion
         if isinstance(self.generator, arms.Composed):
-            chat, stop = self.generator.compose(chat), [*stop, *self.generator.stop]
+            chat = self.generator.compose(chat)
         if not arms.room_in(self.engine)(chat):
             raise _too_long()
         longest = self.engine.max_new_tokens

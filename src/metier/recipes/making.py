@@ -333,14 +333,18 @@ def _composed(bench: Workbench, arm: Arm, engine: Engine, phrasing: str) -> Buil
     else:
         inner = WithinContext(engine, fits)
     until = "" if arm.tuned else engine.renderer.next_turn
-    generator = arms.Composed(inner, compose, bench.task.kind == "classification", until)
-    engine.stop = generator.stop
+    engine.stop = (*_label_ends(bench), *([until] if until else []))
     return Built(
-        generator,
+        arms.Composed(inner, compose),
         engine,
         lambda: (*compose.notes(), *inner.notes()),
         lambda chats: inner.count([compose(chat) for chat in chats]),
     )
+
+
+def _label_ends(bench: Workbench) -> tuple[str, ...]:
+    """A label is one line; a base that was not taught to stop goes on with more of its own."""
+    return ("\n",) if bench.task.kind == "classification" else ()
 
 
 def _fitted(generator: Generator, engine: Engine) -> Built:
@@ -358,7 +362,6 @@ def remote(bench: Workbench, phrasing: str) -> Built:
     settings = bench.task.remote
     assert settings is not None  # noqa: S101  the task was validated so
     limit = bench.task.max_new_tokens or max(len(row.answer) for row in bench.parts.train) + 16
-    endpoint = RemoteGenerator(settings, limit)
+    endpoint = RemoteGenerator(settings, limit, _label_ends(bench))
     compose = composer(bench, Arm(method="prompt"), lambda _: True, phrasing)
-    generator = arms.Composed(endpoint, compose, bench.task.kind == "classification")
-    return Built(generator, None, endpoint.notes)
+    return Built(arms.Composed(endpoint, compose), None, endpoint.notes)
