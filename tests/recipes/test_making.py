@@ -24,7 +24,7 @@ def open_with(directory: Path, base: Path, **changes: object) -> tuple[Workbench
     task = read_task(write_task(directory, base, **changes))
     bench = open_workbench(task, directory)
     loaded = load_base(str(base))
-    return bench, making.make_engine(bench, loaded, loaded.model)
+    return bench, making.make_engine(bench, loaded)
 
 
 def training(max_length: int, **changes: object) -> dict[str, object]:
@@ -70,11 +70,11 @@ def test_a_row_that_is_dropped_takes_no_room_from_requests(
     settings = {"training": training(60, too_long="drop"), "max_new_tokens": None}
     bench, engine = open_with(tmp_path, stories260k, **settings)
     loaded = load_base(str(stories260k))
-    longer = making.make_engine(with_long_answer(bench, "train"), loaded, loaded.model)
+    longer = making.make_engine(with_long_answer(bench, "train"), loaded)
     assert longer.max_new_tokens == engine.max_new_tokens < 20
     wide = {"training": training(512), "max_new_tokens": None}
     kept, _ = open_with(tmp_path, stories260k, **wide)
-    control = making.make_engine(with_long_answer(kept, "train"), loaded, loaded.model)
+    control = making.make_engine(with_long_answer(kept, "train"), loaded)
     assert control.max_new_tokens > 60
 
 
@@ -181,15 +181,10 @@ def test_notes_speak_of_requests_answered_before(tmp_path: Path, stories260k: Pa
     assert notes[0][0].startswith("1 of 3 requests are longer")
 
 
-@pytest.mark.parametrize(
-    ("name", "stop"),
-    [("prompt", ("\n", "### Question:")), ("rag", ("\n", "### Question:")), ("lora+rag", ("\n",))],
-)
-def test_a_base_that_goes_on_by_itself_is_stopped(
-    tmp_path: Path, stories260k: Path, name: str, stop: tuple[str, ...]
-) -> None:
+def test_a_base_that_goes_on_by_itself_is_stopped(tmp_path: Path, stories260k: Path) -> None:
     bench, engine = open_with(tmp_path, stories260k, template="question-answer")
-    built = making._composed(bench, Arm.of(name), engine, PHRASING)
-    assert engine.stop == stop
+    assert engine.stop == ("\n", "### Question:")
+    assert making.make_engine(bench, load_base(str(stories260k)), engine.model).stop == ()
+    built = making._composed(bench, Arm.of("rag"), engine, PHRASING)
     answers = built.generator.generate([row.prompt for row in bench.parts.validation[:3]])
     assert not any("\n" in answer.text for answer in answers)

@@ -56,7 +56,7 @@ def measured(
     """The speeds that planning finds: a test may change them."""
     speeds = dict(SPEEDS)
     base = load_base(str(stories260k))
-    engine = making.make_engine(bench, base, base.model)
+    engine = making.make_engine(bench, base)
     monkeypatch.setattr(planning, "_measure", lambda *_: (engine, speeds))
     return speeds
 
@@ -180,7 +180,7 @@ def test_a_real_estimate_knows_what_needs_how_much_memory(
 
 def test_keys_and_values_of_a_full_batch_are_counted(bench: Workbench, stories260k: Path) -> None:
     base = load_base(str(stories260k))
-    engine = making.make_engine(bench, base, base.model)
+    engine = making.make_engine(bench, base)
     config = base.model.config.get_text_config()
     heads = config.num_key_value_heads * (config.hidden_size // config.num_attention_heads)
     size = base.model.dtype.itemsize

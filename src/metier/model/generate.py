@@ -16,6 +16,7 @@ from metier.model.decoder import (
     Decoder,
     Ids,
     batches,
+    context_of,
     evaluating,
     has_plain_cache,
     read_prefix,
@@ -45,8 +46,8 @@ class Engine:
         model: a causal language model, with or without an adapter.
         renderer: chat to ids and ids to answer.
         max_new_tokens: longest answer in tokens, its stop token included.
-        batch_tokens: tokens (prompts, padding and answers) that one batch may hold.
         stop: strings that end every answer and are not part of it.
+        batch_tokens: tokens (prompts, padding and answers) that one batch may hold.
         context: longest sequence the model can read, or None where it names no limit.
 
     """
@@ -56,17 +57,16 @@ class Engine:
         model: PreTrainedModel | PeftModel,
         renderer: Renderer,
         max_new_tokens: int,
+        stop: Sequence[str] = (),
         batch_tokens: int = 16_384,
     ) -> None:
         self.model = model
         self.renderer = renderer
         self.max_new_tokens = max_new_tokens
+        self.stop = tuple(stop)
         self.batch_tokens = batch_tokens
-        self.stop: tuple[str, ...] = ()
+        self.context = context_of(model)
         self._plain = has_plain_cache(model)
-        config: Any = model.config
-        limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-        self.context: int | None = limit
         self._stops = torch.tensor(sorted(renderer.stop_ids), device=model.device)
 
     def generate(self, chats: Sequence[Chat]) -> list[Completion]:

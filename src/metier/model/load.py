@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -259,7 +260,14 @@ def _check_vocabulary(model: PreTrainedModel, tokenizer: Tokenizer, path: Path) 
 
 
 def _hash(files: list[Path]) -> str:
-    return fingerprint({file.name: file_hash(file) for file in files})
+    found = [(file, file.stat()) for file in files]
+    return fingerprint({f.name: _digest(f, s.st_size, s.st_mtime_ns) for f, s in found})
+
+
+@cache
+def _digest(file: Path, _size: int, _modified: int) -> str:
+    """Hash of a file, which is read once as long as it is not written: a base is loaded often."""
+    return file_hash(file)
 
 
 def _first_line(error: Exception) -> str:

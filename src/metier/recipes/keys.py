@@ -22,7 +22,7 @@ from metier.text.tokenizer import Tokenizer
 Inputs = dict[str, Any]
 
 # Raise when stored results of older code must not be reused.
-_EDITION = 5
+_EDITION = 6
 
 
 class Keys:

@@ -20,14 +20,13 @@ from metier.evaluation import arms, wording
 from metier.evaluation.classical import Classical
 from metier.evaluation.remote import RemoteGenerator
 from metier.model.adapters import load_adapter
+from metier.model.decoder import context_of
 from metier.model.generate import Engine
 from metier.model.head import HeadGenerator, load_head
 from metier.model.load import Base, base_hash, load_base
 from metier.progress import Progress
 from metier.recipes.workbench import Workbench
 from metier.records import Chat, Completion, Example, Generator
-from metier.retrieval.index import Index
-from metier.retrieval.lexical import LexicalIndex
 from metier.task import Arm
 from metier.text.template import Renderer
 from metier.training import preflight
@@ -136,25 +135,36 @@ def load_engine(bench: Workbench, arm: Arm, tuned: Path | None) -> Engine:
         base = load_base(str(tuned))
         return make_engine(bench, base, base.model)
     base = load_base(_base_name(bench, arm))
-    return make_engine(bench, base, load_adapter(base, tuned) if tuned else base.model)
+    return make_engine(bench, base, load_adapter(base, tuned) if tuned else None)
 
 
-def make_engine(bench: Workbench, base: Base, model: Any) -> Engine:
-    """An engine with the task's template and answer length."""
+def make_engine(bench: Workbench, base: Base, tuned: Any = None) -> Engine:
+    """An engine with the task's template and answer length.
+
+    Args:
+        bench: what the arms are made from.
+        base: with its tokenizer.
+        tuned: the model that the base became; by default the base as it is, which was not
+            taught to stop: its answer ends where it begins the next turn.
+
+    """
     renderer = Renderer(base.tokenizer, bench.task.template)
-    engine = Engine(model, renderer, max_new_tokens=1)
-    engine.max_new_tokens = bench.task.max_new_tokens or answer_length(bench, engine)
-    return engine
+    limit = preflight.longest(bench.task.training, context_of(base.model))
+    length = bench.task.max_new_tokens or _answer_length(bench, renderer, limit)
+    if tuned is not None:
+        return Engine(tuned, renderer, length)
+    stop = [*_label_ends(bench), renderer.next_turn]
+    return Engine(base.model, renderer, length, [text for text in stop if text])
 
 
-def answer_length(bench: Workbench, engine: Engine) -> int:
+def _answer_length(bench: Workbench, renderer: Renderer, limit: int) -> int:
     """The longest label or answer that is trained on, and a quarter more.
 
     An answer of a row that is too long to be trained on would take the room of the prompts.
     """
-    encode = engine.renderer.tokenizer.encode
-    rows = sorted(((len(encode(row.answer)), at) for at, row in enumerate(bench.parts.train)))
-    while rows and _too_long(bench, bench.parts.train[rows[-1][1]], engine):
+    encode, train = renderer.tokenizer.encode, bench.parts.train
+    rows = sorted((len(encode(row.answer)), at) for at, row in enumerate(train))
+    while rows and len(renderer.example(train[rows[-1][1]].messages).ids) > limit:
         rows.pop()
     lengths = [len(encode(label)) for label in bench.labels] + [n for n, _ in rows[-1:]]
     return math.ceil(max(lengths, default=1) * 1.25) + 1
@@ -167,11 +177,6 @@ def longest_row(bench: Workbench, engine: Engine) -> int:
         return limit  # it is filled with what is looked up
     rows = (engine.renderer.example(row.messages).ids for row in bench.parts.train)
     return max((len(ids) for ids in rows if len(ids) <= limit), default=limit)
-
-
-def _too_long(bench: Workbench, example: Example, engine: Engine) -> bool:
-    limit = preflight.longest(bench.task.training, engine.context)
-    return len(engine.renderer.example(example.messages).ids) > limit
 
 
 def check_room(bench: Workbench, engine: Engine) -> None:
@@ -245,14 +250,10 @@ def composer(bench: Workbench, arm: Arm, fits: arms.Fits, phrasing: str) -> Any:
         answers = [row.answer for row in bench.parts.train]
         instruction = wording.default_instruction(task, answers)
         worded = wording.Wording(known[phrasing], instruction, bench.labels)
-    shown = task.retrieval.shots
     if arm.method == "few-shot":
-        return arms.few_shot(
-            worded, fits, arms.shots(bench.parts.train, lambda t: _index(bench, t), shown)
-        )
+        return arms.few_shot(worded, fits, bench.shots)
     if arm.method in ("rag", "lora+rag"):
-        found = arms.snippets(bench.parts.train, bench.passages, lambda t: _index(bench, t), shown)
-        return arms.rag(worded, fits, found)
+        return arms.rag(worded, fits, bench.snippets)
     return arms.prompt(worded, fits)
 
 
@@ -317,14 +318,6 @@ def room(bench: Workbench, arm: Arm, engine: Engine) -> arms.Fits:
     return lambda chat: len(engine.renderer.prompt(chat)) + longest <= limit
 
 
-def _index(bench: Workbench, texts: list[str]) -> Index:
-    if bench.task.retrieval.index == "bm25":
-        return LexicalIndex(texts)
-    from metier.retrieval.hybrid import HybridIndex
-
-    return HybridIndex(texts, bench.base_dir / ".metier-vectors")
-
-
 def _composed(bench: Workbench, arm: Arm, engine: Engine, phrasing: str) -> Built:
     fits = arms.room_in(engine)
     compose = composer(bench, arm, room(bench, arm, engine), phrasing)
@@ -332,8 +325,6 @@ def _composed(bench: Workbench, arm: Arm, engine: Engine, phrasing: str) -> Buil
         inner = WithinContext(arms.Likelihood(engine, lambda chat: chat, bench.labels), fits)
     else:
         inner = WithinContext(engine, fits)
-    until = "" if arm.tuned else engine.renderer.next_turn
-    engine.stop = (*_label_ends(bench), *([until] if until else []))
     return Built(
         arms.Composed(inner, compose),
         engine,
@@ -343,7 +334,7 @@ def _composed(bench: Workbench, arm: Arm, engine: Engine, phrasing: str) -> Buil
 
 
 def _label_ends(bench: Workbench) -> tuple[str, ...]:
-    """A label is one line; a base that was not taught to stop goes on with more of its own."""
+    """A label is one line; a model that was not taught to stop goes on with more of its own."""
     return ("\n",) if bench.task.kind == "classification" else ()
 
 

@@ -297,7 +297,7 @@ def _measure(
 ) -> tuple[Engine, dict[str, Speed]]:
     """Speeds of the base as it is, and of those it is tuned to, by name."""
     base = load_base(name)
-    engine = making.make_engine(bench, base, base.model)
+    engine = making.make_engine(bench, base)
     making.check_room(bench, engine)
     speeds = {"base": _speed(engine)}
     if "full" in models:

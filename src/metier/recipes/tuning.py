@@ -73,7 +73,7 @@ def tune(
     """
     with PeakMemory() as memory:
         base = load_base(arm.base or bench.task.bases()[0], dtype=_weights_dtype(arm))
-        rows = making.prepare(bench, arm, making.make_engine(bench, base, base.model))
+        rows = making.prepare(bench, arm, making.make_engine(bench, base))
         progress.say(f"{arm.name} is trained on the text between ⟦ and ⟧:\n{rows[0].sample}")
         model = _trainable(bench, arm, base, seed)
         progress.stage(f"train {arm.name}, seed {seed}", _steps(bench, arm, rows[0]))

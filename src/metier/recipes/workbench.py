@@ -13,10 +13,14 @@ from typing import Any
 
 from metier.data.split import Parts, corpus_overlap, not_looked_for, read_parts
 from metier.errors import DataError, RunError
+from metier.evaluation import arms
+from metier.evaluation.arms import Neighbours
 from metier.evaluation.forgetting import Material, load_material
 from metier.graders import Grader, load_grader
 from metier.records import Example
 from metier.retrieval.chunks import read_passages
+from metier.retrieval.index import Index
+from metier.retrieval.lexical import LexicalIndex
 from metier.runs import fingerprint
 from metier.task import Task, resolve
 
@@ -59,6 +63,24 @@ class Workbench:
         rows = [[row.id, row.group, row.messages, row.tools] for row in self.parts.train]
         held = [[row.id, row.messages, row.tools] for row in self.parts.validation]
         return fingerprint([rows, held])
+
+    @cached_property
+    def shots(self) -> Neighbours[Example]:
+        """What the few-shot arm looks up."""
+        return arms.shots(self.parts.train, self._index, self.task.retrieval.shots)
+
+    @cached_property
+    def snippets(self) -> Neighbours[str]:
+        """What the rag arms look up."""
+        shown = self.task.retrieval.shots
+        return arms.snippets(self.parts.train, self.passages, self._index, shown)
+
+    def _index(self, texts: list[str]) -> Index:
+        if self.task.retrieval.index == "bm25":
+            return LexicalIndex(texts)
+        from metier.retrieval.hybrid import HybridIndex
+
+        return HybridIndex(texts, self.base_dir / ".metier-vectors")
 
 
 def read_task(task_file: Path, overrides: Iterable[str] = ()) -> Task:
