@@ -23,17 +23,18 @@ def model(kv_heads: int) -> LlamaForCausalLM:
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
-@pytest.mark.parametrize("length", [1, 9])
-def test_equals_transformers_forward_and_backward(kv_heads: int, length: int) -> None:
+@pytest.mark.parametrize("lengths", [[1], [9, 9, 9], [40, 33, 9, 2, 1]])
+def test_equals_transformers_forward_and_backward(kv_heads: int, lengths: list[int]) -> None:
     net = model(kv_heads)
-    ids = torch.randint(0, 90, (3, length))
-    expected = net.model(input_ids=ids).last_hidden_state
+    ids = torch.randint(0, 90, (sum(lengths),))
+    rows = [net.model(input_ids=row[None]).last_hidden_state[0] for row in ids.split(lengths)]
+    expected = torch.cat(rows)
     probe = torch.randn_like(expected)
     (expected * probe).sum().backward()
     gradients = {name: p.grad.clone() for name, p in net.model.named_parameters()}
     net.zero_grad()
 
-    found = LlamaForward(net, torch.float32, compiled=False)(ids)
+    found = LlamaForward(net, torch.float32, compiled=False)(ids, lengths)
     (found * probe).sum().backward()
     assert torch.allclose(found, expected, atol=2e-6)
     for name, parameter in net.model.named_parameters():
@@ -43,10 +44,10 @@ def test_equals_transformers_forward_and_backward(kv_heads: int, length: int) ->
 @pytest.mark.skipif(not has_compiler(), reason="no C++ compiler on this machine")
 def test_the_compiled_layer_computes_the_same() -> None:
     net = model(2)
-    ids = torch.randint(0, 90, (2, 8))
+    ids = torch.randint(0, 90, (64,))
     with torch.no_grad():
-        plain = LlamaForward(net, torch.float32, compiled=False)(ids)
-        compiled = LlamaForward(net, torch.float32, compiled=True)(ids)
+        plain = LlamaForward(net, torch.float32, compiled=False)(ids, [32, 32])
+        compiled = LlamaForward(net, torch.float32, compiled=True)(ids, [32, 32])
     assert torch.allclose(plain, compiled, atol=1e-5)
 
 
@@ -56,14 +57,15 @@ def test_an_adapter_computes_what_peft_computes() -> None:
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     assert supports(adapted)
-    ids = torch.randint(0, 90, (2, 7))
-    expected = hidden_states(adapted, ids)
+    lengths = [20, 7, 7, 3]
+    ids = torch.randint(0, 90, (sum(lengths),))
+    expected = hidden_states(adapted, ids, lengths)
     probe = torch.randn_like(expected)
     (expected * probe).sum().backward()
     gradients = {n: p.grad.clone() for n, p in adapted.named_parameters() if p.grad is not None}
     adapted.zero_grad()
 
-    found = LlamaForward(adapted, torch.float32)(ids)
+    found = LlamaForward(adapted, torch.float32)(ids, lengths)
     (found * probe).sum().backward()
     assert torch.allclose(found, expected, atol=5e-6)
     assert any("lora_A" in name for name in gradients)

@@ -20,7 +20,7 @@ from metier.recipes.planning import ArmPlan, Plan, Speed
 from metier.recipes.workbench import Workbench, open_workbench, read_task
 from metier.text.template import Renderer
 from metier.training import classify, sft
-from metier.training.batches import PaddedBatch
+from metier.training.batches import Batch
 from tests.recipes.conftest import write_task
 
 BASE = Speed(read=1e4, write=1e3, alone=100, score=1e9, answering=100)
@@ -193,9 +193,9 @@ def test_training_memory_is_that_of_a_whole_micro_batch_of_the_longest_rows(rate
     """A loss that holds a megabyte for each row; at a low rate one row is tried, and scaled up."""
     tried: list[int] = []
 
-    def loss(batch: PaddedBatch) -> torch.Tensor:
-        tried.append(len(batch.ids))
-        held = torch.ones(len(batch.ids), 1 << 18, requires_grad=True)
+    def loss(batch: Batch) -> torch.Tensor:
+        tried.append(len(batch.lengths))
+        held = torch.ones(len(batch.lengths), 1 << 18, requires_grad=True)
         time.sleep(0.2)  # memory is looked at twenty times a second
         return held.sum()
 

@@ -9,7 +9,7 @@ import torch
 
 from metier.model.head import Classifier
 from metier.model.load import load_base
-from metier.training.batches import Row, pad
+from metier.training.batches import Batch, Row
 from metier.training.classify import head_loss, reading_rows
 
 LABELS = ("a", "b", "c")
@@ -23,7 +23,7 @@ def test_every_token_of_an_input_but_the_first_is_read() -> None:
 def test_labels_are_smoothed_in_training_only(stories260k: Path) -> None:
     classifier = Classifier(load_base(str(stories260k), dtype=torch.float32).model, LABELS)
     torch.nn.init.normal_(classifier.head.weight, generator=torch.Generator().manual_seed(0))
-    batch = pad([Row((5, 6, 7), (False,) * 3, 1)], 0)
+    batch = Batch.of([Row((5, 6, 7), (False,) * 3, 1)])
     loss = head_loss(classifier)
     with torch.no_grad():
         classifier.train()

@@ -12,7 +12,7 @@ from metier.model.load import Base, load_base
 from metier.records import Example
 from metier.task import Lora, Training
 from metier.text.template import Renderer
-from metier.training.batches import PaddedBatch, Row, cut
+from metier.training.batches import Batch, Row, cut
 from metier.training.classify import head_loss, label_rows
 from metier.training.loop import State
 from metier.training.preflight import prepare
@@ -50,8 +50,7 @@ def test_training_learns_the_answers(stories260k: Path, method: str) -> None:
     training = Training(epochs=12, batch_size=8, patience=0)
     rows = rows_of(renderer, training)
     model = add_lora(base.model, Lora(rank=4), 0) if method == "lora" else base.model
-    pad_id, loss = base.tokenizer.pad_id, answer_loss(model)
-    state = fit(model, loss, rows, rows, training, learning_rate=5e-3, seed=0, pad_id=pad_id)
+    state = fit(model, answer_loss(model), rows, rows, training, learning_rate=5e-3, seed=0)
     losses = [point["validation_loss"] for point in state.curve]
     assert losses[-1] < losses[0] / 2
     assert state.best_loss == min(losses)
@@ -61,13 +60,13 @@ def test_a_validation_loss_that_is_never_finite_is_refused() -> None:
     def train(*factors: float) -> State:
         model, left = torch.nn.Linear(1, 1), iter(factors)
 
-        def loss(_: PaddedBatch) -> torch.Tensor:
+        def loss(_: Batch) -> torch.Tensor:
             value = model(torch.ones(1)).sum() ** 2
             return value if torch.is_grad_enabled() else value * next(left)
 
         rows = [Row((1, 2, 3), (False, True, True))]
         training = Training(epochs=len(factors), patience=0)
-        return fit(model, loss, rows, rows, training, learning_rate=1e-3, seed=0, pad_id=0)
+        return fit(model, loss, rows, rows, training, learning_rate=1e-3, seed=0)
 
     with pytest.raises(TrainingError, match="never a finite number in 2 evaluations"):
         train(math.inf, math.nan)
@@ -87,7 +86,7 @@ def test_the_loss_is_cross_entropy_on_the_answer_alone(stories260k: Path) -> Non
                 expected += F.cross_entropy(logits[place - 1 : place], target).item()
     base.model.double()
     loss = answer_loss(base.model)
-    found = sum(loss(batch).item() for batch in cut(rows, 64, 0))
+    found = sum(loss(batch).item() for batch in cut(rows, 64))
     assert found == pytest.approx(expected, rel=1e-4)
 
 
@@ -100,7 +99,7 @@ def test_the_gradient_does_not_depend_on_batching(stories260k: Path, budget: int
 
     def gradient(budget: int) -> torch.Tensor:
         model.zero_grad()
-        for batch in cut(rows, budget, base.tokenizer.pad_id):
+        for batch in cut(rows, budget):
             (loss(batch) / 100).backward()
         return torch.cat([p.grad.reshape(-1).clone() for p in model.parameters()])
 
@@ -115,7 +114,7 @@ def test_a_head_learns_its_labels_and_comes_back(stories260k: Path, tmp_path: Pa
     rows = label_rows(prepared.rows, prepared.examples, labels)
     classifier = Classifier(base.model, labels)
     loss = head_loss(classifier)
-    fit(classifier, loss, rows, rows, training, learning_rate=5e-3, seed=0, pad_id=0)
+    fit(classifier, loss, rows, rows, training, learning_rate=5e-3, seed=0)
     chats = [row.prompt for row in examples()]
     answers = HeadGenerator(classifier, renderer).generate(chats)
     right = sum(a.text == e.answer for a, e in zip(answers, examples(), strict=True))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from metier.model.rows import side_by_side
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -18,15 +21,25 @@ def inner(model: PreTrainedModel | PeftModel) -> Any:
     return wrapped.get_base_model() if hasattr(model, "peft_config") else model
 
 
-def hidden_states(model: PreTrainedModel | PeftModel, ids: Tensor) -> Tensor:
-    """Final hidden states, shape (rows, length, hidden), of right-padded ids.
+def hidden_states(
+    model: PreTrainedModel | PeftModel, ids: Tensor, lengths: Sequence[int]
+) -> Tensor:
+    """Final hidden states, shape (tokens, hidden).
 
-    No padding mask is needed: padding stands on the right, where causal attention never looks.
+    Args:
+        model: any causal language model.
+        ids: of rows that stand one behind the other, shape (tokens,).
+        lengths: of the rows, longest first.
+
     """
     language_model = inner(model)
     backbone: Any = getattr(language_model, language_model.base_model_prefix)
-    found: Tensor = backbone(input_ids=ids, use_cache=False).last_hidden_state
-    return found
+
+    def read(padded: Tensor) -> Tensor:
+        found: Tensor = backbone(input_ids=padded, use_cache=False).last_hidden_state
+        return found
+
+    return side_by_side(read, ids, lengths)
 
 
 def output_weight(model: PreTrainedModel | PeftModel) -> Tensor | None:
@@ -37,10 +50,10 @@ def output_weight(model: PreTrainedModel | PeftModel) -> Tensor | None:
     head = inner(model).get_output_embeddings()
     if not isinstance(head, torch.nn.Linear) or head.bias is not None:
         return None
-    probe = torch.zeros((1, 2), dtype=torch.long, device=head.weight.device)
+    probe = torch.zeros(2, dtype=torch.long, device=head.weight.device)
     with torch.no_grad():
-        expected = inner(model)(input_ids=probe, use_cache=False).logits
-        found = head(hidden_states(model, probe))
+        expected = inner(model)(input_ids=probe[None], use_cache=False).logits[0]
+        found = head(hidden_states(model, probe, [2]))
     return (
         head.weight
         if torch.allclose(expected.float(), found.float(), rtol=1e-3, atol=1e-3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,24 +48,21 @@ class Classifier(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
-        """Logits, shape (rows, labels), of right-padded prompts.
+    def forward(self, ids: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Logits, shape (rows, labels), of prompts.
 
         Args:
-            ids: shape (rows, longest).
-            lengths: real tokens of each row, shape (rows,).
+            ids: of the prompts one behind the other, shape (tokens,).
+            lengths: of the prompts, longest first.
 
         """
-        return self.logits(hidden_states(self.model, ids), lengths)
+        return self.logits(hidden_states(self.model, ids, lengths), lengths)
 
-    def logits(self, hidden: Tensor, lengths: Tensor) -> Tensor:
-        """Logits from final hidden states, shape (rows, longest, hidden)."""
-        hidden = hidden.to(self.head.weight.dtype)
-        places = torch.arange(hidden.shape[1], device=hidden.device)
-        real = places[None, :] < lengths[:, None]
-        mean = (hidden * real[:, :, None]).sum(1) / lengths[:, None]
-        last = hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]
-        found: Tensor = self.head(torch.cat((mean, last), dim=-1))
+    def logits(self, hidden: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Logits from final hidden states, shape (tokens, hidden)."""
+        rows = torch.split(hidden.to(self.head.weight.dtype), list(lengths))
+        pooled = [torch.cat((row.mean(0), row[-1])) for row in rows]
+        found: Tensor = self.head(torch.stack(pooled))
         return found
 
 
@@ -95,12 +93,8 @@ class HeadGenerator:
     @torch.inference_mode()
     def _probabilities(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         self._classifier.eval()
-        device = self._classifier.head.weight.device
-        lengths = torch.tensor([len(prompt) for prompt in prompts])
-        ids = torch.zeros((len(prompts), int(lengths.max())), dtype=torch.long)
-        for row, prompt in enumerate(prompts):
-            ids[row, : len(prompt)] = torch.tensor(prompt)
-        return torch.softmax(self._classifier(ids.to(device), lengths.to(device)), dim=-1)
+        ids = torch.tensor(list(chain(*prompts)), device=self._classifier.head.weight.device)
+        return torch.softmax(self._classifier(ids, [len(prompt) for prompt in prompts]), dim=-1)
 
 
 def save_head(classifier: Classifier, directory: Path) -> None:

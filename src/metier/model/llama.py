@@ -1,40 +1,59 @@
 """The forward pass of Llama for training, over a Transformers or PEFT model's own weights.
 
 It computes what `LlamaModel` computes (Touvron et al. 2023, arXiv 2302.13971), with or without
-LoRA (Hu et al. 2021, arXiv 2106.09685), but quicker on a processor: q, k and v are one product,
-and so are gate and up; the adapters of modules that read the same input share one product; and
-attention is two plain matrix products (the backward of the fused CPU kernel is slow for short
-windows). Padding must stand on the right, where causal attention never looks. Left out:
-key-value cache, dropout, biases, other families.
+LoRA, but quicker on a processor: no padding but in attention; q, k and v are one product, and so
+are gate and up (`linear`); and attention is two plain matrix products (the backward of the fused
+CPU kernel is slow for short windows). Left out: key-value cache, dropout, biases, other families.
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from metier.model.backbone import inner
+from metier.model.linear import Joined, Weights, project
+from metier.model.rows import Group, groups
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-Linear = tuple[Tensor, Tensor | None, Tensor | None, float]
-"""Weight, A and B of an adapter or None, and its scale."""
+# Numbers of tokens are rounded up to this, so that products have few shapes.
+_ROUND = 32
+
+
+class Layout(NamedTuple):
+    """How the tokens of one forward pass lie.
+
+    Attributes:
+        groups: in which attention reads them.
+        spare: tokens behind the last row, which nothing reads.
+        cos: rotary table, shape (tokens, 1, head / 2).
+        sin: the same.
+        mask: causal, shape (longest, longest).
+
+    """
+
+    groups: tuple[Group, ...]
+    spare: int
+    cos: Tensor
+    sin: Tensor
+    mask: Tensor
 
 
 class LlamaForward:
-    """Hidden states of whole windows.
+    """Hidden states of whole rows.
 
     Args:
         model: a LlamaForCausalLM for which `supports` holds; its parameters receive gradients.
         dtype: compute dtype; norms and softmax are in float32 at least.
-        compiled: compile each layer for every new shape of input: worth it for windows of a few
+        compiled: compile each layer for every new shape of input: worth it for rows of a few
             fixed lengths.
 
     """
@@ -46,39 +65,48 @@ class LlamaForward:
         self._model = language_model.model
         self._config = language_model.config
         self._dtype = dtype
+        self._layers = [_Layer(layer) for layer in self._model.layers]
         self._tables = (torch.empty(0),) * 3
-        self._layer: Callable[..., Tensor] = (
-            torch.compile(_layer, dynamic=False) if compiled else _layer
+        self._compute: Callable[..., Tensor] = (
+            torch.compile(_compute, dynamic=False) if compiled else _compute
         )
 
-    def __call__(self, ids: Tensor) -> Tensor:
-        """Final hidden states, shape (batch, length, hidden), of ids, shape (batch, length)."""
-        cos, sin, mask = self._positions(ids.shape[1], ids.device)
-        x = F.embedding(ids, self._model.embed_tokens.weight).to(self._dtype)
-        for layer in self._model.layers:
-            x = self._layer(
-                x, _weights(layer), cos, sin, mask, self._head_sizes(), self._config.rms_norm_eps
-            )
-        return _norm(x, self._model.norm.weight, self._config.rms_norm_eps)
+    def __call__(self, ids: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Final hidden states, shape (tokens, hidden).
+
+        Args:
+            ids: of rows that stand one behind the other, shape (tokens,).
+            lengths: of the rows, longest first.
+
+        """
+        layout = self._layout(lengths, ids.device)
+        x = F.embedding(F.pad(ids, (0, layout.spare)), self._model.embed_tokens.weight)
+        x, eps = x.to(self._dtype), self._config.rms_norm_eps
+        for layer in self._layers:
+            x = self._compute(x, layer.weights(self._dtype), layout, self._head_sizes(), eps)
+        return _norm(x, self._model.norm.weight, eps)[: len(ids)]
 
     def _head_sizes(self) -> tuple[int, int, int]:
         heads: int = self._config.num_attention_heads
         size = getattr(self._config, "head_dim", None) or self._config.hidden_size // heads
         return heads, self._config.num_key_value_heads or heads, size
 
-    def _positions(self, length: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotary tables, shape (1, length, 1, head/2), and the causal mask (length, length).
-
-        They are kept for the longest input so far; a shorter one uses a part of them.
-        """
-        if length > len(self._tables[2]):
-            inverse = self._model.rotary_emb.inv_freq
-            angle = torch.arange(length, device=device)[:, None] * _wide(inverse)
-            cos, sin = angle.cos()[None, :, None], angle.sin()[None, :, None]
-            mask = torch.full((length, length), float("-inf"), device=device).triu(1)
+    def _layout(self, lengths: Sequence[int], device: torch.device) -> Layout:
+        """Rotary tables and mask are kept for the longest row so far; others use a part of them."""
+        found = tuple(groups(lengths, device))
+        longest = found[0].length
+        if longest > len(self._tables[2]):
+            angle = torch.arange(longest, device=device)[:, None] * _wide(
+                self._model.rotary_emb.inv_freq
+            )
+            cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+            mask = torch.full((longest, longest), float("-inf"), device=device).triu(1)
             self._tables = (cos.to(self._dtype), sin.to(self._dtype), mask)
+        spare = -sum(lengths) % _ROUND
+        nowhere = torch.zeros(spare, dtype=torch.long)
+        positions = torch.cat([*(torch.arange(n) for n in lengths), nowhere]).to(device)
         cos, sin, mask = self._tables
-        return cos[:, :length], sin[:, :length], mask[:length, :length]
+        return Layout(found, spare, cos[positions], sin[positions], mask[:longest, :longest])
 
 
 def supports(model: PreTrainedModel | PeftModel) -> bool:
@@ -113,82 +141,81 @@ def has_compiler() -> bool:
     return any(shutil.which(name) for name in ("g++", "c++", "clang++"))
 
 
-def _weights(layer: Any) -> tuple[Tensor | Linear, ...]:
-    attention, mlp = layer.self_attn, layer.mlp
-    return (
-        layer.input_layernorm.weight,
-        _linear(attention.q_proj),
-        _linear(attention.k_proj),
-        _linear(attention.v_proj),
-        _linear(attention.o_proj),
-        layer.post_attention_layernorm.weight,
-        _linear(mlp.gate_proj),
-        _linear(mlp.up_proj),
-        _linear(mlp.down_proj),
-    )
+class _LayerWeights(NamedTuple):
+    """Weights of one decoder layer."""
+
+    attention_norm: Tensor
+    qkv: Weights
+    output: Weights
+    mlp_norm: Tensor
+    gate_up: Weights
+    down: Weights
 
 
-def _linear(module: Any) -> Linear:
-    if not hasattr(module, "lora_A"):
-        return module.weight, None, None, 1.0
-    a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
-    return module.base_layer.weight, a, b, module.scaling["default"]
+class _Layer:
+    """A decoder layer of Transformers, its products joined."""
+
+    def __init__(self, layer: Any) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self._attention_norm, self._mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
+        self._qkv = Joined(attention.q_proj, attention.k_proj, attention.v_proj)
+        self._output = Joined(attention.o_proj)
+        self._gate_up = Joined(mlp.gate_proj, mlp.up_proj)
+        self._down = Joined(mlp.down_proj)
+
+    def weights(self, dtype: torch.dtype) -> _LayerWeights:
+        """The weights as they are now."""
+        return _LayerWeights(
+            self._attention_norm.weight,
+            self._qkv.weights(dtype),
+            self._output.weights(dtype),
+            self._mlp_norm.weight,
+            self._gate_up.weights(dtype),
+            self._down.weights(dtype),
+        )
 
 
-def _layer(
-    x: Tensor,
-    weights: tuple[Any, ...],
-    cos: Tensor,
-    sin: Tensor,
-    mask: Tensor,
-    sizes: tuple[int, int, int],
-    eps: float,
+def _compute(
+    x: Tensor, weights: _LayerWeights, layout: Layout, sizes: tuple[int, int, int], eps: float
 ) -> Tensor:
-    first_norm, q, k, v, o, second_norm, gate, up, down = weights
-    projected = _project(_norm(x, first_norm, eps), q, k, v)
-    x = x + _project(_attention(projected, cos, sin, mask, sizes), o)[0]
-    gated, raised = _project(_norm(x, second_norm, eps), gate, up)
-    return x + _project(F.silu(gated) * raised, down)[0]
+    """One decoder layer, shape (tokens, hidden) to the same."""
+    projected = project(_norm(x, weights.attention_norm, eps), weights.qkv)
+    x = x + project(_attention(projected, layout, sizes), weights.output)
+    gate, up = project(_norm(x, weights.mlp_norm, eps), weights.gate_up).chunk(2, dim=-1)
+    return x + project(F.silu(gate) * up, weights.down)
 
 
-def _project(x: Tensor, *linears: Linear) -> tuple[Tensor, ...]:
-    """Products of one input with several linear layers, each with its adapter."""
-    frozen = [weight for weight, *_ in linears]
-    whole = F.linear(x, torch.cat(frozen).to(x.dtype) if len(frozen) > 1 else frozen[0].to(x.dtype))
-    found = _split(whole, frozen)
-    adapters = [a for _, a, _, _ in linears if a is not None]
-    if not adapters:
-        return found
-    reduced = iter(_split(F.linear(x, torch.cat(adapters).to(x.dtype)), adapters))
-    return tuple(
-        y if b is None else y + F.linear(next(reduced), (b * scale).to(x.dtype))
-        for y, (_, _, b, scale) in zip(found, linears, strict=True)
-    )
-
-
-def _split(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Cut the last dimension into the outputs of each weight."""
-    return torch.split(x, [len(weight) for weight in weights], dim=-1)
-
-
-def _attention(
-    projected: tuple[Tensor, ...],
-    cos: Tensor,
-    sin: Tensor,
-    mask: Tensor,
-    sizes: tuple[int, int, int],
-) -> Tensor:
-    """Causal attention of q, k, v, each of shape (batch, length, its heads * size)."""
+def _attention(projected: Tensor, layout: Layout, sizes: tuple[int, int, int]) -> Tensor:
+    """Causal attention of q, k and v of every token, side by side."""
     heads, kv_heads, size = sizes
-    batch, length, _ = projected[0].shape
-    q, k, v = (part.view(batch, length, -1, size) for part in projected)
-    q, k = _rotate(q, cos, sin).transpose(1, 2), _rotate(k, cos, sin).transpose(1, 2)
-    v = v.transpose(1, 2)
+    tokens = projected.view(len(projected), -1, size)
+    turned = _rotate(tokens[:, : heads + kv_heads], layout.cos, layout.sin)
+    values = tokens[:, heads + kv_heads :]
+    mixed = [
+        group.gather(_attend(group.spread(turned), group.spread(values), layout.mask))
+        for group in layout.groups
+    ]
+    return torch.cat([*mixed, projected.new_zeros(layout.spare, heads * size)])
+
+
+def _attend(turned: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """Attention of rows side by side, shape (rows, length, heads * size).
+
+    Args:
+        turned: queries and keys, shape (rows, length, heads + key heads, size).
+        values: shape (rows, length, key heads, size).
+        mask: shape (longest, longest).
+
+    """
+    rows, length, kv_heads, size = values.shape
+    heads = turned.shape[2] - kv_heads
+    q, k = torch.split(turned.transpose(1, 2), [heads, kv_heads], dim=1)
+    v = values.transpose(1, 2)
     if kv_heads != heads:
         k, v = (t.repeat_interleave(heads // kv_heads, dim=1) for t in (k, v))
-    scores = _wide(q @ k.transpose(2, 3)) * size**-0.5 + mask
+    scores = _wide(q @ k.transpose(2, 3)) * size**-0.5 + mask[:length, :length]
     mixed: Tensor = torch.softmax(scores, dim=-1).to(v.dtype) @ v
-    return mixed.transpose(1, 2).reshape(batch, length, heads * size)
+    return mixed.transpose(1, 2).reshape(rows, length, heads * size)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

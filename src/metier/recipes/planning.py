@@ -30,7 +30,7 @@ from metier.recipes import making
 from metier.recipes.workbench import Workbench
 from metier.task import Arm
 from metier.training import classify, sft
-from metier.training.batches import Row, pad
+from metier.training.batches import Batch, Row
 
 _SAMPLED = 24
 _LEAST_SECONDS = 0.2
@@ -403,4 +403,4 @@ def _read(engine: Engine, rows: int, length: int) -> None:
 
 def _train(loss: Callable[[Any], torch.Tensor], rows: int, length: int) -> None:
     row = Row((1,) * length, (False,) * (length - 4) + (True,) * 4)
-    loss(pad([row] * rows, 0)).backward()  # type: ignore[no-untyped-call]
+    loss(Batch.of([row] * rows)).backward()  # type: ignore[no-untyped-call]

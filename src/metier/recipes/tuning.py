@@ -122,7 +122,7 @@ def _trainable(bench: Workbench, arm: Arm, base: Base, seed: int) -> Any:
 def _steps(bench: Workbench, arm: Arm, rows: preflight.Prepared) -> int:
     training = bench.task.training
     passes = training.epochs + (classify.READING_PASSES if arm.mode == "head" else 0)
-    return sft.row_batches(rows.rows, training, seed=0, pad_id=0).steps_per_epoch * passes
+    return sft.row_batches(rows.rows, training, seed=0).steps_per_epoch * passes
 
 
 def _fit(
@@ -140,7 +140,6 @@ def _fit(
     settings: dict[str, Any] = {
         "learning_rate": training.learning_rate or rate,
         "seed": seed,
-        "pad_id": base.tokenizer.pad_id,
         "progress": progress,
     }
     if arm.mode == "head":

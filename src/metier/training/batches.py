@@ -16,10 +16,7 @@ from torch import Tensor
 
 from metier.text.template import Rendered
 
-# Matrix libraries set up and keep work space for every new shape, so shapes are kept few.
-_ROUND = 16
-# What a micro-batch costs besides its tokens, in tokens: measured on a processor with the starter.
-_BATCH_COST = 100
+_NONE = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,83 +41,73 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class PaddedBatch:
-    """Rows padded on the right, where causal attention never looks.
+class Batch:
+    """Rows one behind the other, longest first.
 
     Attributes:
-        ids: shape (rows, length).
-        trained: shape (rows, length), never true on padding or in the first column.
-        lengths: shape (rows,).
-        labels: shape (rows,).
+        ids: what is read, shape (tokens,): of a labelled row all, else all but its last token.
+        lengths: tokens that are read of each row.
+        targets: the next token where it is trained, else -1; shape (tokens,).
+        labels: of the rows, shape (rows,).
         weight: trained tokens, or rows where a head is trained.
-        tokens: real tokens.
+        tokens: of the rows, for speed figures.
 
     """
 
     ids: Tensor
-    trained: Tensor
-    lengths: Tensor
+    lengths: tuple[int, ...]
+    targets: Tensor
     labels: Tensor
     weight: float
     tokens: int
 
-    def to(self, device: torch.device) -> PaddedBatch:
+    @classmethod
+    def of(cls, rows: Sequence[Row]) -> Batch:
+        """Batch of rows that are sorted, longest first: all with a label, or none."""
+        read = [_read(row) for row in rows]
+        targets = torch.tensor([target for _, found in read for target in found])
+        labels = torch.tensor([row.label for row in rows])
+        return cls(
+            ids=torch.tensor([token for ids, _ in read for token in ids]),
+            lengths=tuple(len(ids) for ids, _ in read),
+            targets=targets,
+            labels=labels,
+            weight=float((labels >= 0).sum() or (targets >= 0).sum()),
+            tokens=sum(len(row.ids) for row in rows),
+        )
+
+    def to(self, device: torch.device) -> Batch:
         """The batch on a device."""
         return replace(
             self,
             ids=self.ids.to(device),
-            trained=self.trained.to(device),
-            lengths=self.lengths.to(device),
+            targets=self.targets.to(device),
             labels=self.labels.to(device),
         )
 
 
-def _padded(length: int) -> int:
-    return math.ceil(length / _ROUND) * _ROUND
+def _read(row: Row) -> tuple[Sequence[int], Sequence[int]]:
+    """What is read of a row, and what is to follow each of its tokens."""
+    if row.label >= 0:
+        return row.ids, [_NONE] * len(row.ids)
+    following = zip(row.ids[1:], row.trained[1:], strict=True)
+    return row.ids[:-1], [token if trained else _NONE for token, trained in following]
 
 
-def pad(rows: Sequence[Row], pad_id: int) -> PaddedBatch:
-    """Put rows into one batch, its length rounded up."""
-    lengths = torch.tensor([len(row.ids) for row in rows])
-    longest = _padded(int(lengths.max()))
-    ids = torch.full((len(rows), longest), pad_id)
-    trained = torch.zeros(ids.shape, dtype=torch.bool)
-    for place, row in enumerate(rows):
-        ids[place, : len(row.ids)] = torch.tensor(row.ids)
-        trained[place, : len(row.ids)] = torch.tensor(row.trained)
-    labels = torch.tensor([row.label for row in rows])
-    weight = float(len(rows)) if bool((labels >= 0).all()) else float(trained.sum())
-    return PaddedBatch(ids, trained, lengths, labels, weight, int(lengths.sum()))
+def cut(rows: Sequence[Row], budget: int) -> list[Batch]:
+    """Sort rows by length and cut them into batches of at most `budget` tokens.
 
-
-def cut(rows: Sequence[Row], budget: int, pad_id: int) -> list[PaddedBatch]:
-    """Sort rows by length and cut them into batches of at most `budget` padded tokens."""
-    ordered = sorted(rows, key=lambda row: len(row.ids), reverse=True)
-    places = cheapest_cut([_padded(len(row.ids)) for row in ordered], budget)
-    return [pad(ordered[start:end], pad_id) for start, end in places]
-
-
-def cheapest_cut(lengths: Sequence[int], budget: int) -> list[tuple[int, int]]:
-    """Where to cut rows, longest first, so that all batches together take the least time.
-
-    A batch takes its padded tokens, at most `budget` unless it is one row, and a little more: many
-    batches waste time, few batches waste padding.
+    One row may be longer.
     """
-    cost, begin = [0], [0]  # of the first n rows at their best, and where their last batch begins
-    for end in range(1, len(lengths) + 1):
-        fitting = [(cost[end - 1] + lengths[end - 1], end - 1)]
-        for start in range(end - 2, -1, -1):
-            if (end - start) * lengths[start] > budget:
-                break
-            fitting.append((cost[start] + (end - start) * lengths[start], start))
-        least, start = min(fitting)
-        cost.append(least + _BATCH_COST)
-        begin.append(start)
-    places, end = [], len(lengths)
-    while end:
-        places.append((begin[end], end))
-        end = begin[end]
-    return places[::-1]
+    batches: list[list[Row]] = []
+    room = 0
+    for row in sorted(rows, key=lambda row: len(row.ids), reverse=True):
+        if not batches or len(row.ids) > room:
+            batches.append([])
+            room = budget
+        batches[-1].append(row)
+        room -= len(row.ids)
+    return [Batch.of(batch) for batch in batches]
 
 
 class RowBatches:
@@ -129,26 +116,25 @@ class RowBatches:
     Args:
         rows: the training part.
         step_rows: rows of one optimiser step.
-        micro_tokens: padded tokens of one micro-batch, at most (one row may be longer).
+        micro_tokens: tokens of one micro-batch, at most (one row may be longer).
         seed: of the order.
-        pad_id: id to pad with.
 
     """
 
     def __init__(
-        self, rows: Sequence[Row], *, step_rows: int, micro_tokens: int, seed: int, pad_id: int
+        self, rows: Sequence[Row], *, step_rows: int, micro_tokens: int, seed: int
     ) -> None:
-        self._rows, self._micro, self._seed, self._pad = rows, micro_tokens, seed, pad_id
+        self._rows, self._micro, self._seed = rows, micro_tokens, seed
         self.steps_per_epoch = math.ceil(len(rows) / step_rows)
         self._order: tuple[int, list[int]] = (-1, [])
 
-    def step(self, index: int) -> list[PaddedBatch]:
+    def step(self, index: int) -> list[Batch]:
         """Micro-batches of step `index`: an equal share of a pass's random order."""
         epoch, place = divmod(index, self.steps_per_epoch)
         order = self._epoch_order(epoch)
         start = place * len(order) // self.steps_per_epoch
         end = (place + 1) * len(order) // self.steps_per_epoch
-        return cut([self._rows[i] for i in order[start:end]], self._micro, self._pad)
+        return cut([self._rows[i] for i in order[start:end]], self._micro)
 
     def _epoch_order(self, epoch: int) -> list[int]:
         if self._order[0] != epoch:

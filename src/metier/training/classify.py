@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from metier.errors import TrainingError
 from metier.model.head import Classifier
 from metier.records import Example
-from metier.training.batches import PaddedBatch, Row
+from metier.training.batches import Batch, Row
 from metier.training.forward import forward_of
 
 READING_PASSES = 3
@@ -63,7 +63,7 @@ def reading_rows(rows: Sequence[Row]) -> list[Row]:
     ]
 
 
-def head_loss(classifier: Classifier) -> Callable[[PaddedBatch], Tensor]:
+def head_loss(classifier: Classifier) -> Callable[[Batch], Tensor]:
     """Sum of cross-entropies over the labels of a batch, smoothed while the classifier trains.
 
     Smoothing (Szegedy et al. 2016, arXiv 1512.00567) keeps the validation loss, which chooses the
@@ -71,9 +71,9 @@ def head_loss(classifier: Classifier) -> Callable[[PaddedBatch], Tensor]:
     """
     forward = forward_of(classifier.model)
 
-    def loss(batch: PaddedBatch) -> Tensor:
+    def loss(batch: Batch) -> Tensor:
         batch = batch.to(classifier.model.device)
-        logits = classifier.logits(forward(batch.ids), batch.lengths)
+        logits = classifier.logits(forward(batch.ids, batch.lengths), batch.lengths)
         smoothing = _SMOOTHING if classifier.training else 0.0
         return F.cross_entropy(logits, batch.labels, reduction="sum", label_smoothing=smoothing)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,15 +17,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def forward_of(model: PreTrainedModel | PeftModel) -> Callable[[Tensor], Tensor]:
-    """Right-padded ids, shape (rows, length), to final hidden states in the compute dtype."""
+Forward = Callable[[Tensor, Sequence[int]], Tensor]
+"""Ids of rows one behind the other, shape (tokens,), and the rows' lengths, longest first, to final
+hidden states in the compute dtype, shape (tokens, hidden)."""
+
+
+def forward_of(model: PreTrainedModel | PeftModel) -> Forward:
+    """The forward pass of a model."""
     if model.device.type == "cpu" and supports(model):
         wide = next(model.parameters()).dtype
         return LlamaForward(model, torch.bfloat16 if computes_bfloat16(model) else wide)
 
-    def forward(ids: Tensor) -> Tensor:
+    def forward(ids: Tensor, lengths: Sequence[int]) -> Tensor:
         with mixed_precision(model):
-            return hidden_states(model, ids)
+            return hidden_states(model, ids, lengths)
 
     return forward
 

@@ -386,9 +386,9 @@ def _next_token_loss(
 
     def loss(window: Window) -> Tensor:
         ids = window.ids.to(device)
-        hidden = forward(ids[:, :-1]).to(dtype)
-        targets = ids[:, 1:].reshape(-1)
-        return linear_cross_entropy(hidden.reshape(len(targets), -1), head, targets)
+        rows, length = ids.shape
+        hidden = forward(ids[:, :-1].flatten(), [length - 1] * rows).to(dtype)
+        return linear_cross_entropy(hidden, head, ids[:, 1:].flatten())
 
     return loss
 

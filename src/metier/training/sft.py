@@ -18,10 +18,11 @@ from torch.nn import functional as F
 
 from metier.errors import TrainingError
 from metier.model.backbone import inner, output_weight
+from metier.model.rows import side_by_side
 from metier.progress import Progress, Silent
 from metier.task import Training
-from metier.training.batches import PaddedBatch, Row, RowBatches, cut
-from metier.training.forward import forward_of, mixed_precision
+from metier.training.batches import Batch, Row, RowBatches, cut
+from metier.training.forward import Forward, forward_of, mixed_precision
 from metier.training.loop import Loop, Plan, State, cosine
 from metier.training.losses import linear_cross_entropy
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     Model = PreTrainedModel | PeftModel
 
 MICRO_TOKENS = 2048
-"""Tokens, padding included, that are trained on at once."""
+"""Tokens that are trained on at once."""
 
 # Of LoRA on a model 2,000 wide; "LoRA Without Regret" (Schulman et al. 2025) found the exponent on
 # Llamas, an optimum twice as high, and ten times the rate of full tuning. Half of it forgets less.
@@ -43,14 +44,13 @@ _CHECKPOINT_SECONDS = 10.0
 
 def fit(
     model: torch.nn.Module,
-    loss: Callable[[PaddedBatch], Tensor],
+    loss: Callable[[Batch], Tensor],
     train: Sequence[Row],
     validation: Sequence[Row],
     training: Training,
     *,
     learning_rate: float,
     seed: int,
-    pad_id: int,
     directory: Path | None = None,
     progress: Progress | None = None,
 ) -> State:
@@ -64,7 +64,6 @@ def fit(
         training: epochs, batch size, schedule, patience.
         learning_rate: peak.
         seed: of the order and of dropout.
-        pad_id: id to pad with.
         directory: receives checkpoints and the log; an interrupted run goes on from there.
         progress: is told every step.
 
@@ -76,8 +75,8 @@ def fit(
             never was.
 
     """
-    batches = row_batches(train, training, seed=seed, pad_id=pad_id)
-    held_out = cut(validation, MICRO_TOKENS, pad_id)
+    batches = row_batches(train, training, seed=seed)
+    held_out = cut(validation, MICRO_TOKENS)
     weight = sum(part.weight for part in held_out)
 
     def evaluate() -> dict[str, float]:
@@ -122,33 +121,39 @@ def _plan(steps_per_epoch: int, training: Training, seed: int) -> Plan:
     )
 
 
-def row_batches(rows: Sequence[Row], training: Training, *, seed: int, pad_id: int) -> RowBatches:
+def row_batches(rows: Sequence[Row], training: Training, *, seed: int) -> RowBatches:
     """The steps that `training` makes of rows."""
-    return RowBatches(
-        rows,
-        step_rows=training.batch_size,
-        micro_tokens=MICRO_TOKENS,
-        seed=seed,
-        pad_id=pad_id,
-    )
+    return RowBatches(rows, step_rows=training.batch_size, micro_tokens=MICRO_TOKENS, seed=seed)
 
 
-def answer_loss(model: Model) -> Callable[[PaddedBatch], Tensor]:
+def answer_loss(model: Model) -> Callable[[Batch], Tensor]:
     """Sum of cross-entropies over a batch's trained tokens, through the head only where needed."""
     weight = output_weight(model)
-    forward = forward_of(model)
+    forward = forward_of(model) if weight is not None else _logits(model)
 
-    def loss(batch: PaddedBatch) -> Tensor:
+    def loss(batch: Batch) -> Tensor:
         batch = batch.to(model.device)
-        picked = batch.trained[:, 1:]
-        targets = batch.ids[:, 1:][picked]
+        trained = batch.targets >= 0
+        found, targets = forward(batch.ids, batch.lengths)[trained], batch.targets[trained]
         if weight is not None:
-            return linear_cross_entropy(forward(batch.ids[:, :-1])[picked], weight, targets)
-        with mixed_precision(model):
-            logits = inner(model)(input_ids=batch.ids[:, :-1], use_cache=False).logits
-        return F.cross_entropy(logits[picked].float(), targets, reduction="sum")
+            return linear_cross_entropy(found, weight, targets)
+        return F.cross_entropy(found.float(), targets, reduction="sum")
 
     return loss
+
+
+def _logits(model: Model) -> Forward:
+    """Logits of every token, for a family whose logits are not just a product."""
+
+    def read(padded: Tensor) -> Tensor:
+        found: Tensor = inner(model)(input_ids=padded, use_cache=False).logits
+        return found
+
+    def forward(ids: Tensor, lengths: Sequence[int]) -> Tensor:
+        with mixed_precision(model):
+            return side_by_side(read, ids, lengths)
+
+    return forward
 
 
 def _adamw(model: torch.nn.Module, rate: float, weight_decay: float) -> torch.optim.Optimizer:

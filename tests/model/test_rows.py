@@ -1,0 +1,71 @@
+"""Rows of different lengths, read side by side in groups."""
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from metier.model.rows import _GROUP_COST, _padded, cheapest_cut, groups, side_by_side
+
+CPU = torch.device("cpu")
+lengths_of_rows = st.lists(st.integers(1, 300), min_size=1, max_size=40).map(
+    lambda lengths: sorted(lengths, reverse=True)
+)
+
+
+@given(lengths_of_rows)
+@settings(max_examples=50)
+def test_values_come_back_to_their_tokens_and_padding_is_zero(lengths: list[int]) -> None:
+    tokens = torch.arange(1.0, sum(lengths) + 1)[:, None].repeat(1, 2)
+    back = []
+    for group in groups(lengths, CPU):
+        padded = group.spread(tokens)
+        assert padded.shape == (group.rows, group.length, 2)
+        assert int((padded[..., 0] != 0).sum()) == group.end - group.start
+        back.append(group.gather(padded))
+    assert torch.equal(torch.cat(back), tokens)
+
+
+def test_a_function_sees_each_row_alone_and_padding_behind_it() -> None:
+    lengths = [20, 19, 3, 1]
+    ids = torch.arange(1, sum(lengths) + 1)
+    sums = side_by_side(lambda padded: padded.cumsum(1), ids, lengths)
+    assert torch.equal(sums, torch.cat([row.cumsum(0) for row in ids.split(lengths)]))
+
+
+def test_gradients_pass_through_padding() -> None:
+    lengths = [20, 19, 3]
+    tokens = torch.randn(42, 2, dtype=torch.float64, requires_grad=True)
+
+    def there_and_back(values: torch.Tensor) -> torch.Tensor:
+        parts = [g.gather(g.spread(values).cumsum(1).sin()) for g in groups(lengths, CPU)]
+        return torch.cat(parts)
+
+    assert torch.autograd.gradcheck(there_and_back, tokens)
+
+
+def cost(lengths: list[int], places: list[tuple[int, int]]) -> int:
+    return sum((end - start) * lengths[start] + _GROUP_COST for start, end in places)
+
+
+def every_cut(count: int) -> Iterator[list[tuple[int, int]]]:
+    """All ways to cut `count` rows, by whether there is a cut after each."""
+    for cuts in itertools.product((False, True), repeat=count - 1):
+        ends = [0, *(place + 1 for place, here in enumerate(cuts) if here), count]
+        yield list(itertools.pairwise(ends))
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=9))
+@settings(max_examples=60)
+def test_no_cut_is_cheaper(lengths: list[int]) -> None:
+    lengths = sorted(lengths, reverse=True)
+    allowed = list(every_cut(len(lengths)))
+    found = cheapest_cut(lengths)
+    assert found in allowed
+    assert cost(lengths, found) == min(cost(lengths, places) for places in allowed)
+
+
+def test_few_shapes() -> None:
+    assert {_padded(length) for length in range(1, 65)} == {16, 32, 48, 64}
