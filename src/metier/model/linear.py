@@ -48,12 +48,12 @@ class Joined:
 
     def weights(self, dtype: torch.dtype) -> Weights:
         """The weights as they are now; their parameters receive gradients."""
-        whole = torch.cat(self._weights) if self._whole is None else self._whole
+        whole = _stacked(self._weights, dtype) if self._whole is None else self._whole.to(dtype)
         firsts = [found[0] for found in self._adapters if found]
         return Weights(
-            whole.to(dtype),
+            whole,
             self._sizes,
-            torch.cat(firsts).to(dtype) if firsts else None,
+            _stacked(firsts, dtype) if firsts else None,
             tuple((f[1] * f[2]).to(dtype) if f else None for f in self._adapters),
         )
 
@@ -63,6 +63,11 @@ def project(x: Tensor, weights: Weights) -> Tensor:
     if weights.a is None:
         return F.linear(x, weights.whole)
     return _Adapted.apply(x, weights.whole, weights.a, weights.sizes, *weights.b)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def _stacked(matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Matrices one below the other; narrowed first, as less is copied then."""
+    return torch.cat([matrix.to(dtype) for matrix in matrices])
 
 
 def _share(weights: Sequence[Tensor]) -> Tensor:

@@ -195,7 +195,9 @@ def _attention(projected: Tensor, layout: Layout, sizes: tuple[int, int, int]) -
         group.gather(_attend(group.spread(turned), group.spread(values), layout.mask))
         for group in layout.groups
     ]
-    return torch.cat([*mixed, projected.new_zeros(layout.spare, heads * size)])
+    if layout.spare:
+        mixed.append(projected.new_zeros(layout.spare, heads * size))
+    return torch.cat(mixed) if len(mixed) > 1 else mixed[0]
 
 
 def _attend(turned: Tensor, values: Tensor, mask: Tensor) -> Tensor:

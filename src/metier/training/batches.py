@@ -1,4 +1,4 @@
-"""Rows to optimiser steps: a random draw per step, cut into micro-batches of similar lengths.
+"""Rows to optimiser steps: a random draw per step, cut into micro-batches.
 
 Which rows a step holds is a function of (seed, step) alone. Inside a step, rows are sorted by
 length and cut by a budget of tokens; since the loss is a sum over the whole step, the cut changes
