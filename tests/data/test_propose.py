@@ -390,6 +390,7 @@ def test_groups_and_official_parts_are_found(tmp_path: Path) -> None:
         "train.jsonl", "dev.jsonl", "test.jsonl",
     )  # fmt: skip
     assert task.data.columns.group == "user_id"
+    assert "alike, a verdict is as sure as groups are many, not rows: 30 here." in text
     assert "About 100 different test inputs find a gain" in text
     parts = read_parts(task, folder)
     assert len(parts.test) == 100

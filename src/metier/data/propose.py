@@ -217,7 +217,11 @@ def _about_data(rows: Sequence[Row], layout: Layout, columns: Columns, sure: boo
             "output depends on it, put it into the input."
         )
     if columns.group:
-        comments.append(f"Rows with the same '{columns.group}' stay in one part of the split.")
+        count = len({str(row.values[columns.group]).strip() for row in rows})
+        comments += [
+            f"Rows with the same '{columns.group}' stay in one part of the split. Where they are",
+            f"alike, a verdict is as sure as groups are many, not rows: {count:,} here.",
+        ]
     else:
         comments.append("Name columns.group where rows belong together (a customer, a document).")
     return comments
