@@ -2,7 +2,7 @@
 
 Prompts are read in chunks padded on the right, where causal attention needs no mask; what they
 have in common at the start is read once. Their keys and values then lie padded on the left in
-buffers made once, so that all rows write their next token at the same place::
+buffers with free slots, so that all rows write their next token at the same place::
 
     slot      0   1   2   3   4   5   6  ...
     row 0     -   a   b   c   d   e   .        - blank   . free
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -29,6 +30,8 @@ Ids = Sequence[int]
 _CHUNK_CPU, _CHUNK = 1024, 8192
 # A shorter common start is not worth reading apart.
 _SHARED = 16
+# Slots that buffers grow by.
+_BLOCK = 64
 
 
 class Decoder:
@@ -42,7 +45,7 @@ class Decoder:
 
     """
 
-    def __init__(self, model: Any, prompts: Sequence[Ids], room: int, pad_id: int) -> None:
+    def __init__(self, model: Any, prompts: Sequence[Ids], pad_id: int) -> None:
         self._model = model
         self._device = model.device
         self._cache: Any = None
@@ -52,19 +55,23 @@ class Decoder:
             self.logits = self._forward(torch.tensor([list(prompts[0])], device=self._device), None)
             return
         with evaluating(model):
-            self._cache = _read(model, [prompt[:-1] for prompt in prompts], room, pad_id)
+            self._cache = _read(model, [prompt[:-1] for prompt in prompts], pad_id)
         counts = torch.tensor([[len(prompt)] for prompt in prompts], device=self._device)
         # Slot 0 is blank in every row: with nothing masked at all, PyTorch's attention takes a
         # path that is several times slower for grouped heads in bfloat16.
-        slots = torch.arange(int(counts.max()), device=self._device)
-        self._mask = slots > counts.max() - counts
+        self._used = int(counts.max())
+        slots = torch.arange(_blocks(self._used), device=self._device)
+        self._mask = (slots > self._used - counts) & (slots < self._used)
         self._next = counts - 1
         self.push(torch.tensor([prompt[-1] for prompt in prompts], device=self._device))
 
     def push(self, tokens: torch.Tensor) -> None:
         """Append one token to each row; tokens has shape (rows,)."""
         if self._mask is not None:
-            self._mask = torch.nn.functional.pad(self._mask, (0, 1), value=True)
+            self._used += 1
+            more = _blocks(self._used) - self._mask.shape[1]
+            self._mask = torch.nn.functional.pad(self._mask, (0, more))
+            self._mask[:, self._used - 1] = True
         self.logits = self._forward(tokens[:, None], self._next)
         self._next = self._next + 1
 
@@ -76,7 +83,7 @@ class Decoder:
             self._mask = self._mask[rows]
 
     def _forward(self, ids: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
-        with evaluating(self._model):
+        with evaluating(self._model), _attending_by_products(self._model):
             output = self._model(
                 input_ids=ids,
                 attention_mask=self._mask,
@@ -97,56 +104,82 @@ class Decoder:
 
 
 class _Buffers(DynamicLayer):  # type: ignore[no-untyped-call]
-    """Keys and values of one layer, in buffers made once: (rows, heads, capacity, size)."""
+    """Keys and values of one layer, shape (rows, heads, slots, size).
 
-    def __init__(self, rows: int, used: int, capacity: int) -> None:
+    Slots come in blocks: those behind the last one in use are blank and masked. So the buffers lie
+    in one piece, which products need, and are rarely made anew.
+    """
+
+    def __init__(self, rows: int, used: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._rows, self._used, self._capacity = rows, used, capacity
+        self._rows, self._used = rows, used
+
+    keys: torch.Tensor
+    values: torch.Tensor
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Make the buffers for heads like these."""
-        self._key_buffer = self._make(key_states)
-        self._value_buffer = self._make(value_states)
-        self._look(self._used)
+        self.keys, self.values = self._make(key_states), self._make(value_states)
         self.is_initialized = True
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write the next slots of all rows; returns everything so far."""
+        """Write the next slots of all rows; returns all slots."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        start, end = self._used, self._used + key_states.shape[-2]
-        self._key_buffer[:, :, start:end] = key_states
-        self._value_buffer[:, :, start:end] = value_states
-        return self._look(end)
+        start, self._used = self._used, self._used + key_states.shape[-2]
+        more = _blocks(self._used) - self.keys.shape[-2]
+        if more > 0:
+            self.keys = torch.nn.functional.pad(self.keys, (0, 0, 0, more))
+            self.values = torch.nn.functional.pad(self.values, (0, 0, 0, more))
+        self.keys[:, :, start : self._used] = key_states
+        self.values[:, :, start : self._used] = value_states
+        return self.keys, self.values
 
     def place(self, row: int, count: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Put the first `count` keys and values, (heads, n, size), at the end of a row."""
         if not self.is_initialized:
             self.lazy_initialization(keys[None], values[None])
         start = self._used - count
-        self._key_buffer[row, :, start : self._used] = keys[:, :count]
-        self._value_buffer[row, :, start : self._used] = values[:, :count]
+        self.keys[row, :, start : self._used] = keys[:, :count]
+        self.values[row, :, start : self._used] = values[:, :count]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Slots there will be once so many tokens are written, and the first of them."""
+        return _blocks(self._used + query_length), 0
 
     def get_seq_length(self) -> int:
         """Slots in use."""
         return self._used
 
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep some rows."""
-        self._key_buffer = self._key_buffer[indices]
-        self._value_buffer = self._value_buffer[indices]
-        self._look(self._used)
-
     def _make(self, like: torch.Tensor) -> torch.Tensor:
-        return like.new_zeros(self._rows, like.shape[1], self._capacity, like.shape[3])
+        return like.new_zeros(self._rows, like.shape[1], _blocks(self._used), like.shape[3])
 
-    def _look(self, used: int) -> tuple[torch.Tensor, torch.Tensor]:
-        self._used = used
-        self.keys = self._key_buffer[:, :, :used]
-        self.values = self._value_buffer[:, :, :used]
-        return self.keys, self.values
+
+def _blocks(slots: int) -> int:
+    """Slots in whole blocks."""
+    return math.ceil(slots / _BLOCK) * _BLOCK
+
+
+@contextlib.contextmanager
+def _attending_by_products(model: Any) -> Iterator[None]:
+    """Attention as two plain products while a processor writes tokens one by one.
+
+    In bfloat16 the fused kernel takes nine times as long for a single query. Where heads share
+    keys, the plain form would copy these for every head.
+    """
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None)
+    if model.device.type != "cpu" or getattr(config, "num_key_value_heads", heads) != heads:
+        yield
+        return
+    usual = config._attn_implementation
+    config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        config._attn_implementation = usual
 
 
 def context_of(model: Any) -> int | None:
@@ -208,10 +241,10 @@ def evaluating(model: Any) -> Iterator[None]:
             model.train()
 
 
-def _read(model: Any, bodies: Sequence[Ids], room: int, pad_id: int) -> Cache:
-    """Read prompts into buffers with room to write."""
+def _read(model: Any, bodies: Sequence[Ids], pad_id: int) -> Cache:
+    """Read prompts into buffers."""
     used = 1 + max(len(body) for body in bodies)
-    make = partial(_Buffers, len(bodies), used, used + room)
+    make = partial(_Buffers, len(bodies), used)
     start = _common_start(bodies)
     prefix = read_prefix(model, bodies[0][:start])
     layers: list[_Buffers] = []

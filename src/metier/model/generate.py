@@ -200,7 +200,7 @@ class Engine:
 
     def _greedy(self, prompts: list[Ids]) -> list[list[int]]:
         """Continuations of one batch."""
-        decoder = Decoder(self.model, prompts, self.max_new_tokens, self.renderer.tokenizer.pad_id)
+        decoder = Decoder(self.model, prompts, self.renderer.tokenizer.pad_id)
         device = self.model.device
         written = torch.zeros(len(prompts), self.max_new_tokens, dtype=torch.long, device=device)
         lengths = torch.full((len(prompts),), self.max_new_tokens, device=device)
@@ -235,7 +235,7 @@ class Engine:
         return any(text in tail for text in self.stop) and before(decode(ids), self.stop)[1]
 
     def _tokens(self, prompt: Ids, limit: int, draw: _Draw) -> Iterator[int]:
-        decoder = Decoder(self.model, [prompt], limit, self.renderer.tokenizer.pad_id)
+        decoder = Decoder(self.model, [prompt], self.renderer.tokenizer.pad_id)
         for step in range(limit):
             token = draw(decoder.logits[0])
             yield token
