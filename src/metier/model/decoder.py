@@ -23,6 +23,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from metier.errors import ModelError
+from metier.model.attention import BY_PRODUCTS
 
 Ids = Sequence[int]
 
@@ -164,18 +165,13 @@ def _blocks(slots: int) -> int:
 
 @contextlib.contextmanager
 def _attending_by_products(model: Any) -> Iterator[None]:
-    """Attention as two plain products while a processor writes tokens one by one.
-
-    In bfloat16 the fused kernel takes nine times as long for a single query. Where heads share
-    keys, the plain form would copy these for every head.
-    """
+    """Let a model on a processor attend by `attention.by_products` instead of the fused kernel."""
     config = model.config.get_text_config()
-    heads = getattr(config, "num_attention_heads", None)
-    if model.device.type != "cpu" or getattr(config, "num_key_value_heads", heads) != heads:
+    usual = config._attn_implementation
+    if model.device.type != "cpu" or usual != "sdpa":
         yield
         return
-    usual = config._attn_implementation
-    config._attn_implementation = "eager"
+    config._attn_implementation = BY_PRODUCTS
     try:
         yield
     finally:
