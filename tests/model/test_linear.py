@@ -38,11 +38,12 @@ def adapted(targets: list[str]) -> Any:
 
 
 @pytest.mark.parametrize("targets", [["first", "second", "third"], ["first", "third"], ["second"]])
-@pytest.mark.parametrize("train_base", [False, True])
-def test_output_and_gradients_are_those_of_peft(targets: list[str], train_base: bool) -> None:
+@pytest.mark.parametrize("train_base", ["", "first", "first second third"])
+def test_output_and_gradients_are_those_of_peft(targets: list[str], train_base: str) -> None:
     model = adapted(targets)
-    if train_base:
-        model.requires_grad_(requires_grad=True)
+    for name in train_base.split():
+        layer = getattr(model.get_base_model(), name)
+        getattr(layer, "base_layer", layer).weight.requires_grad = True
     x = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
     probe = torch.randn(7, sum(SIZES), dtype=torch.float64)
     wanted = [x, *(p for p in model.parameters() if p.requires_grad)]
@@ -60,11 +61,32 @@ def test_frozen_layers_share_one_matrix_and_compute_as_before() -> None:
     three = Three().requires_grad_(requires_grad=False)
     x = torch.randn(7, 4)
     expected = three(x)
-    joined = Joined(*three.layers())
+    whole = Joined(*three.layers()).weights(torch.float32).whole
     assert torch.equal(three(x), expected)
-    whole = joined.weights(torch.float32).whole
     assert three.second.weight.data_ptr() == whole[SIZES[0] :].data_ptr()
     trained = Three()
     before = trained.second.weight.data_ptr()
-    Joined(*trained.layers())
+    Joined(*trained.layers()).weights(torch.float32)
     assert trained.second.weight.data_ptr() == before, "what an optimiser holds stays where it is"
+
+
+def test_weights_that_change_afterwards_are_seen() -> None:
+    three = Three().requires_grad_(requires_grad=False)
+    joined, other = Joined(*three.layers()), Joined(*three.layers())
+    x = torch.randn(7, 4)
+
+    def check() -> None:
+        for one in (joined, other):
+            found = project(x.to(three.first.weight.dtype), one.weights(three.first.weight.dtype))
+            assert torch.allclose(found, three(x.to(found.dtype)), atol=1e-6)
+
+    check()
+    three.load_state_dict(Three().state_dict())
+    check()
+    three.double()
+    check()
+    three.second.weight.data = torch.randn(SIZES[1], 4, dtype=torch.float64)
+    check()
+    three.requires_grad_(requires_grad=True)
+    project(x.double(), joined.weights(torch.float64)).sum().backward()
+    assert all(layer.weight.grad is not None for layer in three.layers())

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterator
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -29,15 +30,35 @@ def test_values_come_back_to_their_tokens_and_padding_is_zero(lengths: list[int]
 
 
 def test_a_function_sees_each_row_alone_and_padding_behind_it() -> None:
-    lengths = [20, 19, 3, 1]
+    lengths = [200, 190, 40, 30, 3]
     ids = torch.arange(1, sum(lengths) + 1)
-    sums = side_by_side(lambda padded: padded.cumsum(1), ids, lengths)
+    assert len(groups(lengths, CPU)) > 1
+    sums = side_by_side(lambda padded: padded.cumsum(1), ids, lengths, None)
     assert torch.equal(sums, torch.cat([row.cumsum(0) for row in ids.split(lengths)]))
+    wanted = ids % 7 == 0
+    some = side_by_side(lambda padded: padded.cumsum(1), ids, lengths, None, wanted)
+    assert torch.equal(some, sums[wanted])
+
+
+def test_padding_stays_within_the_context() -> None:
+    def read(padded: torch.Tensor) -> torch.Tensor:
+        assert padded.shape[1] <= 41
+        return padded
+
+    ids = torch.arange(80)
+    assert torch.equal(side_by_side(read, ids, [41, 39], 41), ids)
+    assert groups([41, 39], CPU)[0].length == 48
+
+
+def test_rows_out_of_order_are_refused() -> None:
+    with pytest.raises(ValueError, match="longest first"):
+        groups([3, 20], CPU)
 
 
 def test_gradients_pass_through_padding() -> None:
-    lengths = [20, 19, 3]
-    tokens = torch.randn(42, 2, dtype=torch.float64, requires_grad=True)
+    lengths = [120, 110, 9, 3]
+    assert len(groups(lengths, CPU)) == 2
+    tokens = torch.randn(242, 1, dtype=torch.float64, requires_grad=True)
 
     def there_and_back(values: torch.Tensor) -> torch.Tensor:
         parts = [g.gather(g.spread(values).cumsum(1).sin()) for g in groups(lengths, CPU)]
@@ -68,4 +89,4 @@ def test_no_cut_is_cheaper(lengths: list[int]) -> None:
 
 
 def test_few_shapes() -> None:
-    assert {_padded(length) for length in range(1, 65)} == {16, 32, 48, 64}
+    assert {_padded(length) for length in range(1, 65)} == {8, 16, 24, 32, 40, 48, 56, 64}

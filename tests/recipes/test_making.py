@@ -184,7 +184,20 @@ def test_notes_speak_of_requests_answered_before(tmp_path: Path, stories260k: Pa
 def test_a_base_that_goes_on_by_itself_is_stopped(tmp_path: Path, stories260k: Path) -> None:
     bench, engine = open_with(tmp_path, stories260k, template="question-answer")
     assert engine.stop == ("\n", "### Question:")
+    assert making.load_engine(bench, Arm.of("full"), stories260k).stop == ()
     assert making.make_engine(bench, load_base(str(stories260k)), engine.model).stop == ()
     built = making._composed(bench, Arm.of("rag"), engine, PHRASING)
     answers = built.generator.generate([row.prompt for row in bench.parts.validation[:3]])
     assert not any("\n" in answer.text for answer in answers)
+
+
+def test_an_index_is_built_once_and_shows_what_the_task_says(
+    tmp_path: Path, stories260k: Path
+) -> None:
+    bench, _ = open_with(tmp_path, stories260k, retrieval={"shots": 3})
+    assert bench.shots is bench.shots
+    assert bench.snippets is bench.snippets
+    text = bench.parts.validation[0].input
+    assert (len(bench.shots(text)), len(bench.snippets(text))) == (3, 3)
+    with_passage = dataclasses.replace(bench, passages=("a zebra in the snow",))
+    assert "a zebra in the snow" in with_passage.snippets("zebra snow")

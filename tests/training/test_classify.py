@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from metier.model.head import Classifier
+from metier.model.head import Classifier, HeadGenerator
 from metier.model.load import load_base
+from metier.records import Message
+from metier.text.template import Renderer
 from metier.training.batches import Batch, Row
 from metier.training.classify import head_loss, reading_rows
 
@@ -36,3 +38,28 @@ def test_labels_are_smoothed_in_training_only(stories260k: Path) -> None:
     expected = -(0.9 * chances[1].log() + 0.1 / 3 * chances.log().sum())
     assert smoothed.item() == pytest.approx(expected.item(), rel=0.02)
     assert abs(smoothed - plain) > 0.05
+
+
+def test_the_head_sees_the_mean_of_a_prompt_and_its_last_token(stories260k: Path) -> None:
+    classifier = Classifier(load_base(str(stories260k), dtype=torch.float32).model, LABELS)
+    torch.nn.init.normal_(classifier.head.weight)
+    width = classifier.head.in_features // 2
+    hidden = torch.randn(5, width)
+    found = classifier.logits(hidden, [3, 2])
+    for row, logits in zip((hidden[:3], hidden[3:]), found, strict=True):
+        pooled = torch.cat(((row[0] + row[1] + (row[2:].sum(0))) / len(row), row[len(row) - 1]))
+        assert torch.allclose(classifier.head.weight @ pooled, logits, atol=1e-5)
+
+
+def test_prompts_are_answered_together_as_alone(stories260k: Path) -> None:
+    base = load_base(str(stories260k), dtype=torch.float32)
+    classifier = Classifier(base.model, LABELS)
+    torch.nn.init.normal_(classifier.head.weight)
+    generator = HeadGenerator(classifier, Renderer(base.tokenizer, "plain"))
+    texts = ["a dog", "a dog and a cat " * 20, "the park is big " * 5, "a cat"]
+    chats: list[list[Message]] = [[{"role": "user", "content": text}] for text in texts]
+    together = generator.generate(chats)
+    for one, chat in zip(together, chats, strict=True):
+        (alone,) = generator.generate([chat])
+        assert (one.text, one.prompt_tokens) == (alone.text, alone.prompt_tokens)
+        assert one.probability == pytest.approx(alone.probability, rel=1e-4)

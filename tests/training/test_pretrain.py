@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from metier.errors import ConfigError, DataError
 from metier.progress import Silent
 from metier.runs import verify
 from metier.training import pretrain as module
+from metier.training.mixture import Window
 from metier.training.pretrain import PretrainConfig, pretrain
 
 WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "dog", "ran", "to", "two", "birds", "sang")
@@ -352,3 +353,20 @@ def test_the_smallest_vocabulary_is_that_of_the_tokenizer() -> None:
     assert module.Shape(vocabulary=262).vocabulary == 262
     with pytest.raises(ConfigError, match="vocabulary"):
         module.Shape.parse({"vocabulary": 261}, "shape")
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_window_does_not_see_another(compiled: bool) -> None:
+    config = LlamaConfig(
+        vocab_size=30,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=20,
+        tie_word_embeddings=True,
+    )
+    loss = module._next_token_loss(LlamaForCausalLM(config), torch.float32, compiled=compiled)
+    ids = torch.randint(0, 30, (2, 17))
+    with torch.no_grad():
+        both, alone = loss(Window(ids)), [loss(Window(row[None])) for row in ids]
+    assert both.item() == pytest.approx(sum(one.item() for one in alone), rel=1e-5)

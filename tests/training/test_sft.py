@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch.nn import functional as F
 
 from metier.errors import TrainingError
@@ -88,6 +89,36 @@ def test_the_loss_is_cross_entropy_on_the_answer_alone(stories260k: Path) -> Non
     loss = answer_loss(base.model)
     found = sum(loss(batch).item() for batch in cut(rows, 64))
     assert found == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("scaled", ["Granite", "Gemma2"])
+def test_logits_that_are_scaled_or_capped_are_those_that_are_learned(scaled: str) -> None:
+    config = getattr(transformers, f"{scaled}Config")(
+        vocab_size=40,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        intermediate_size=20,
+        initializer_range=0.5,
+        attn_implementation="eager",
+        **{"logits_scaling": 3.0} if scaled == "Granite" else {"final_logit_softcapping": 2.0},
+    )
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    draw = torch.Generator().manual_seed(0)
+    lengths = (150, 140, 9, 5)
+    ids = [torch.randint(3, 40, (n,), generator=draw).tolist() for n in lengths]
+    rows = [Row(tuple(row), (False, False, *[True] * (len(row) - 2))) for row in ids]
+    expected = 0.0
+    with torch.no_grad():
+        for row in rows:
+            logits = model(input_ids=torch.tensor([row.ids])).logits[0, 1:-1]
+            wanted = torch.tensor(row.ids[2:])
+            expected += F.cross_entropy(logits, wanted, reduction="sum").item()
+        found = answer_loss(model)(Batch.of(rows)).item()
+    assert found == pytest.approx(expected, rel=0.02)
 
 
 @pytest.mark.parametrize("budget", [1, 40, 90, 10_000])

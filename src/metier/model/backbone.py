@@ -21,6 +21,12 @@ def inner(model: PreTrainedModel | PeftModel) -> Any:
     return wrapped.get_base_model() if hasattr(model, "peft_config") else model
 
 
+def context_of(model: Any) -> int | None:
+    """Longest sequence a model can read, or None where it names no limit."""
+    limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return limit
+
+
 def hidden_states(
     model: PreTrainedModel | PeftModel, ids: Tensor, lengths: Sequence[int]
 ) -> Tensor:
@@ -39,7 +45,7 @@ def hidden_states(
         found: Tensor = backbone(input_ids=padded, use_cache=False).last_hidden_state
         return found
 
-    return side_by_side(read, ids, lengths)
+    return side_by_side(read, ids, lengths, context_of(model))
 
 
 def output_weight(model: PreTrainedModel | PeftModel) -> Tensor | None:
@@ -50,10 +56,11 @@ def output_weight(model: PreTrainedModel | PeftModel) -> Tensor | None:
     head = inner(model).get_output_embeddings()
     if not isinstance(head, torch.nn.Linear) or head.bias is not None:
         return None
-    probe = torch.zeros(2, dtype=torch.long, device=head.weight.device)
+    # Several tokens: that of padding may be nothing, which no scale changes.
+    probe = torch.arange(min(8, len(head.weight)), device=head.weight.device)
     with torch.no_grad():
         expected = inner(model)(input_ids=probe[None], use_cache=False).logits[0]
-        found = head(hidden_states(model, probe, [2]))
+        found = head(hidden_states(model, probe, [len(probe)]))
     return (
         head.weight
         if torch.allclose(expected.float(), found.float(), rtol=1e-3, atol=1e-3)

@@ -178,12 +178,6 @@ def _attending_by_products(model: Any) -> Iterator[None]:
         config._attn_implementation = usual
 
 
-def context_of(model: Any) -> int | None:
-    """Longest sequence a model can read, or None where it names no limit."""
-    limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return limit
-
-
 def has_plain_cache(model: Any) -> bool:
     """Whether a model remembers by keys and values alone."""
     if getattr(model, "_is_stateful", False):

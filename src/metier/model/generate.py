@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from metier.errors import ModelError
+from metier.model.backbone import context_of
 from metier.model.decoder import (
     Decoder,
     Ids,
     batches,
-    context_of,
     evaluating,
     has_plain_cache,
     read_prefix,

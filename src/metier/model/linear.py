@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
@@ -31,7 +32,7 @@ class Weights(NamedTuple):
 class Joined:
     """Linear layers without bias that read the same input.
 
-    The weights of frozen layers are put into one matrix, whose memory the layers then share.
+    While all are frozen, their weights lie in one matrix, whose memory the layers then share.
 
     Args:
         layers: linear layers, or PEFT's LoRA around them.
@@ -42,20 +43,27 @@ class Joined:
         bare = [getattr(layer, "base_layer", layer) for layer in layers]
         self._weights = [layer.weight for layer in bare]
         self._sizes = tuple(len(weight) for weight in self._weights)
-        frozen = not any(weight.requires_grad for weight in self._weights)
-        self._whole = _share(self._weights) if frozen else None
+        self._whole, self._places = torch.empty(0), [0] * len(bare)
         self._adapters = [_adapter(layer) for layer in layers]
 
     def weights(self, dtype: torch.dtype) -> Weights:
         """The weights as they are now; their parameters receive gradients."""
-        whole = _stacked(self._weights, dtype) if self._whole is None else self._whole.to(dtype)
         firsts = [found[0] for found in self._adapters if found]
         return Weights(
-            whole,
+            self._joined(dtype),
             self._sizes,
             _stacked(firsts, dtype) if firsts else None,
             tuple((f[1] * f[2]).to(dtype) if f else None for f in self._adapters),
         )
+
+    def _joined(self, dtype: torch.dtype) -> Tensor:
+        if any(weight.requires_grad for weight in self._weights):
+            return _stacked(self._weights, dtype)
+        # Whoever casts or moves a model, or joins its layers anew, gives the weights other memory.
+        if [weight.data_ptr() for weight in self._weights] != self._places:
+            self._whole = _share(self._weights)
+            self._places = [weight.data_ptr() for weight in self._weights]
+        return self._whole.to(dtype)
 
 
 def project(x: Tensor, weights: Weights) -> Tensor:
@@ -67,7 +75,8 @@ def project(x: Tensor, weights: Weights) -> Tensor:
 
 def _stacked(matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Matrices one below the other; narrowed first, as less is copied then."""
-    return torch.cat([matrix.to(dtype) for matrix in matrices])
+    narrow = [matrix.to(dtype) for matrix in matrices]
+    return torch.cat(narrow) if len(narrow) > 1 else narrow[0]
 
 
 def _share(weights: Sequence[Tensor]) -> Tensor:
@@ -108,6 +117,7 @@ class _Adapted(torch.autograd.Function):
         return found
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *upstream: Any) -> tuple[Tensor | None, ...]:
         x, whole, a, reduced, *b = ctx.saved_tensors
         (gradient,) = upstream

@@ -36,7 +36,7 @@ class Layout(NamedTuple):
         spare: tokens behind the last row, which nothing reads.
         cos: rotary table, shape (tokens, 1, head / 2).
         sin: the same.
-        mask: causal, shape (longest, longest).
+        mask: causal, of the longest row so far or longer, shape (longest, longest).
 
     """
 
@@ -106,7 +106,7 @@ class LlamaForward:
         nowhere = torch.zeros(spare, dtype=torch.long)
         positions = torch.cat([*(torch.arange(n) for n in lengths), nowhere]).to(device)
         cos, sin, mask = self._tables
-        return Layout(found, spare, cos[positions], sin[positions], mask[:longest, :longest])
+        return Layout(found, spare, cos[positions], sin[positions], mask)
 
 
 def supports(model: PreTrainedModel | PeftModel) -> bool:

@@ -260,13 +260,17 @@ def _check_vocabulary(model: PreTrainedModel, tokenizer: Tokenizer, path: Path) 
 
 
 def _hash(files: list[Path]) -> str:
-    found = [(file, file.stat()) for file in files]
-    return fingerprint({f.name: _digest(f, s.st_size, s.st_mtime_ns) for f, s in found})
+    found = [(file.resolve(), file.stat()) for file in files]
+    digests = [_digest(file, state.st_ino, state.st_ctime_ns) for file, state in found]
+    return fingerprint({file.name: digest for file, digest in zip(files, digests, strict=True)})
 
 
 @cache
-def _digest(file: Path, _size: int, _modified: int) -> str:
-    """Hash of a file, which is read once as long as it is not written: a base is loaded often."""
+def _digest(file: Path, _number: int, _changed: int) -> str:
+    """Hash of a file, which is read once as long as nobody changes it: a base is loaded often.
+
+    The time of its last change is the system's own: copying a file with its dates does not set it.
+    """
     return file_hash(file)
 
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 # Matrix libraries set up and keep work space for every new shape, so shapes are kept few.
-_ROUND = 16
+_ROUND = 8
 # What a group costs besides its tokens, in tokens: measured on a processor with the starter.
 _GROUP_COST = 100
 
@@ -56,17 +57,24 @@ class Group:
         return _Gather.apply(flat, self.places)  # type: ignore[no-any-return,no-untyped-call]
 
 
-def groups(lengths: Sequence[int], device: torch.device) -> list[Group]:
+def groups(lengths: Sequence[int], device: torch.device, context: int | None = None) -> list[Group]:
     """The groups in which rows are read.
 
     Args:
         lengths: of the rows in their order, longest first, so that similar ones are neighbours.
         device: of the tokens.
+        context: what a padded row may have at most, if anything.
+
+    Raises:
+        ValueError: the lengths are not sorted.
 
     """
+    if any(before < after for before, after in pairwise(lengths)):
+        raise ValueError("rows must stand longest first")
     found, start = [], 0
-    for first, last in cheapest_cut([_padded(length) for length in lengths]):
-        own, length = lengths[first:last], _padded(lengths[first])
+    padded = [min(_padded(length), context or _padded(length)) for length in lengths]
+    for first, last in cheapest_cut(padded):
+        own, length = lengths[first:last], padded[first]
         end, places = start + sum(own), None
         if end - start < len(own) * length:
             each = [torch.arange(n) + place * length for place, n in enumerate(own)]
@@ -76,19 +84,30 @@ def groups(lengths: Sequence[int], device: torch.device) -> list[Group]:
     return found
 
 
-def side_by_side(read: Callable[[Tensor], Tensor], ids: Tensor, lengths: Sequence[int]) -> Tensor:
+def side_by_side(
+    read: Callable[[Tensor], Tensor],
+    ids: Tensor,
+    lengths: Sequence[int],
+    context: int | None,
+    wanted: Tensor | None = None,
+) -> Tensor:
     """What a function of padded ids, shape (rows, length), gives for rows, group by group.
 
     Args:
         read: gives a value for every token, shape (rows, length, ...).
         ids: of all rows, shape (tokens,).
         lengths: of the rows, longest first.
+        context: what `read` takes at most as length, if there is a limit.
+        wanted: whose values are returned, shape (tokens,); by default all.
 
     Returns:
-        the values of the real tokens, shape (tokens, ...).
+        the values of the wanted tokens, shape (tokens, ...).
 
     """
-    parts = [group.gather(read(group.spread(ids))) for group in groups(lengths, ids.device)]
+    parts = []
+    for group in groups(lengths, ids.device, context):
+        values = group.gather(read(group.spread(ids)))
+        parts.append(values if wanted is None else values[wanted[group.start : group.end]])
     return torch.cat(parts)
 
 
@@ -97,17 +116,20 @@ def cheapest_cut(lengths: Sequence[int]) -> list[tuple[int, int]]:
 
     A group takes its padded tokens and a little more: many groups waste time, few waste padding.
     """
-    cost, begin = [0], [0]  # of the first n rows at their best, and where their last group begins
-    for end in range(1, len(lengths) + 1):
-        least, start = min(
-            (cost[start] + (end - start) * lengths[start], start) for start in range(end)
+    # Rows of one length are never parted.
+    steps = [n for n in range(1, len(lengths)) if lengths[n] != lengths[n - 1]]
+    # By the number of first rows: their least cost, and where their last group begins.
+    best = {0: (0, 0)}
+    for end in [*steps, len(lengths)]:
+        cost, start = min(
+            (before + (end - start) * lengths[start], start) for start, (before, _) in best.items()
         )
-        cost.append(least + _GROUP_COST)
-        begin.append(start)
+        best[end] = cost + _GROUP_COST, start
     places, end = [], len(lengths)
     while end:
-        places.append((begin[end], end))
-        end = begin[end]
+        start = best[end][1]
+        places.append((start, end))
+        end = start
     return places[::-1]
 
 

@@ -20,7 +20,7 @@ from metier.evaluation import arms, wording
 from metier.evaluation.classical import Classical
 from metier.evaluation.remote import RemoteGenerator
 from metier.model.adapters import load_adapter
-from metier.model.decoder import context_of
+from metier.model.backbone import context_of
 from metier.model.generate import Engine
 from metier.model.head import HeadGenerator, load_head
 from metier.model.load import Base, base_hash, load_base

@@ -21,7 +21,7 @@ _NONE = -1
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One training example as ids.
+    """One training example as ids, at least two of them unless it has a label.
 
     Attributes:
         ids: shape (length,).

@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from metier.errors import TrainingError
-from metier.model.backbone import inner, output_weight
+from metier.model.backbone import context_of, inner, output_weight
 from metier.model.rows import side_by_side
 from metier.progress import Progress, Silent
 from metier.task import Training
 from metier.training.batches import Batch, Row, RowBatches, cut
-from metier.training.forward import Forward, forward_of, mixed_precision
+from metier.training.forward import forward_of, mixed_precision
 from metier.training.loop import Loop, Plan, State, cosine
 from metier.training.losses import linear_cross_entropy
 
@@ -129,31 +129,34 @@ def row_batches(rows: Sequence[Row], training: Training, *, seed: int) -> RowBat
 def answer_loss(model: Model) -> Callable[[Batch], Tensor]:
     """Sum of cross-entropies over a batch's trained tokens, through the head only where needed."""
     weight = output_weight(model)
-    forward = forward_of(model) if weight is not None else _logits(model)
+    if weight is None:
+        return _loss_of_logits(model)
+    forward = forward_of(model)
 
     def loss(batch: Batch) -> Tensor:
         batch = batch.to(model.device)
         trained = batch.targets >= 0
-        found, targets = forward(batch.ids, batch.lengths)[trained], batch.targets[trained]
-        if weight is not None:
-            return linear_cross_entropy(found, weight, targets)
-        return F.cross_entropy(found.float(), targets, reduction="sum")
+        hidden = forward(batch.ids, batch.lengths)[trained]
+        return linear_cross_entropy(hidden, weight, batch.targets[trained])
 
     return loss
 
 
-def _logits(model: Model) -> Forward:
-    """Logits of every token, for a family whose logits are not just a product."""
+def _loss_of_logits(model: Model) -> Callable[[Batch], Tensor]:
+    """The same for a family whose logits are not just a product with the head."""
 
     def read(padded: Tensor) -> Tensor:
         found: Tensor = inner(model)(input_ids=padded, use_cache=False).logits
         return found
 
-    def forward(ids: Tensor, lengths: Sequence[int]) -> Tensor:
+    def loss(batch: Batch) -> Tensor:
+        batch = batch.to(model.device)
+        trained = batch.targets >= 0
         with mixed_precision(model):
-            return side_by_side(read, ids, lengths)
+            logits = side_by_side(read, batch.ids, batch.lengths, context_of(model), trained)
+        return F.cross_entropy(logits.float(), batch.targets[trained], reduction="sum")
 
-    return forward
+    return loss
 
 
 def _adamw(model: torch.nn.Module, rate: float, weight_decay: float) -> torch.optim.Optimizer:
