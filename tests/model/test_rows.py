@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metier.model.rows import _GROUP_COST, _padded, cheapest_cut, groups, side_by_side
+from metier.model.rows import _GROUP_COST, cheapest_cut, groups, padded, side_by_side
 
 CPU = torch.device("cpu")
 lengths_of_rows = st.lists(st.integers(1, 300), min_size=1, max_size=40).map(
@@ -88,5 +88,10 @@ def test_no_cut_is_cheaper(lengths: list[int]) -> None:
     assert cost(lengths, found) == min(cost(lengths, places) for places in allowed)
 
 
+@given(st.integers(1, 5000))
+def test_little_is_added_to_a_length(length: int) -> None:
+    assert length <= padded(length) < length + max(8, length / 8)
+
+
 def test_few_shapes() -> None:
-    assert {_padded(length) for length in range(1, 65)} == {8, 16, 24, 32, 40, 48, 56, 64}
+    assert len({padded(length) for length in range(513, 1025)}) == 8

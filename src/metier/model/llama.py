@@ -18,14 +18,11 @@ from torch.nn import functional as F
 
 from metier.model.backbone import inner
 from metier.model.linear import Joined, Weights, project
-from metier.model.rows import Group, groups
+from metier.model.rows import Group, groups, padded
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
-
-# Numbers of tokens are rounded up to this, so that products have few shapes.
-_ROUND = 32
 
 
 class Layout(NamedTuple):
@@ -102,7 +99,7 @@ class LlamaForward:
             cos, sin = angle.cos()[:, None], angle.sin()[:, None]
             mask = torch.full((longest, longest), float("-inf"), device=device).triu(1)
             self._tables = (cos.to(self._dtype), sin.to(self._dtype), mask)
-        spare = -sum(lengths) % _ROUND
+        spare = padded(sum(lengths)) - sum(lengths)
         nowhere = torch.zeros(spare, dtype=torch.long)
         positions = torch.cat([*(torch.arange(n) for n in lengths), nowhere]).to(device)
         cos, sin, mask = self._tables

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Matrix libraries set up and keep work space for every new shape, so shapes are kept few.
-_ROUND = 8
+# Matrix libraries set up and keep work space for every new shape, so shapes are kept few: lengths
+# are multiples of the first number, with at most the second to each doubling.
+_ROUND, _PER_DOUBLING = 8, 8
 # What a group costs besides its tokens, in tokens: measured on a processor with the starter.
 _GROUP_COST = 100
 
@@ -72,9 +73,9 @@ def groups(lengths: Sequence[int], device: torch.device, context: int | None = N
     if any(before < after for before, after in pairwise(lengths)):
         raise ValueError("rows must stand longest first")
     found, start = [], 0
-    padded = [min(_padded(length), context or _padded(length)) for length in lengths]
-    for first, last in cheapest_cut(padded):
-        own, length = lengths[first:last], padded[first]
+    rounded = [min(padded(length), context or padded(length)) for length in lengths]
+    for first, last in cheapest_cut(rounded):
+        own, length = lengths[first:last], rounded[first]
         end, places = start + sum(own), None
         if end - start < len(own) * length:
             each = [torch.arange(n) + place * length for place, n in enumerate(own)]
@@ -133,8 +134,11 @@ def cheapest_cut(lengths: Sequence[int]) -> list[tuple[int, int]]:
     return places[::-1]
 
 
-def _padded(length: int) -> int:
-    return math.ceil(length / _ROUND) * _ROUND
+def padded(length: int) -> int:
+    """The length, rounded up by at most an eighth or to a multiple of 8."""
+    doubling = 1 << max(length, 1).bit_length() - 1
+    step = max(_ROUND, doubling // _PER_DOUBLING)
+    return math.ceil(length / step) * step
 
 
 class _Spread(torch.autograd.Function):
