@@ -14,6 +14,7 @@ from pydantic import Field, FiniteFloat, field_validator, model_validator
 from metier.config import Config
 
 Kind = Literal["classification", "extraction", "expansion"]
+Turns = Literal["last", "all"]
 TemplateName = Literal["plain", "question-answer", "chat"]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Format = Literal[
@@ -124,6 +125,9 @@ class Training(Config):
     """Longest example in tokens; a longer one is refused unless `too_long` says otherwise."""
     too_long: Literal["refuse", "drop"] = "refuse"
     """What to do with training examples longer than `max_length`: answers are never cut."""
+    turns: Turns = "last"
+    """Which answers of a conversation are learned: the last, which is what is evaluated, or all
+    but those of weight 0."""
     lora: Lora = Lora()
     """Low-rank adapters."""
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0, 1, 2)

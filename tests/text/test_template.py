@@ -121,6 +121,37 @@ def test_an_example_starts_with_its_prompt_and_trains_its_answer(renderer: Rende
     assert "Where" not in renderer.tokenizer.decode(answer)
 
 
+def check_turns(renderer: Renderer, chat: list[Message]) -> list[Any]:
+    """Every answer stands in one row, trained, behind the prompt it is served behind."""
+    rows = renderer.turns(chat)
+    trained = 0
+    for place, message in enumerate(chat):
+        if message["role"] != "assistant" or message.get("weight") == 0:
+            continue
+        prompt = renderer.prompt(chat[:place])
+        alone = renderer.example(chat[: place + 1]).ids
+        inside = slice(len(prompt), len(alone))
+        behind = [row for row in rows if list(row.ids[: len(prompt)]) == prompt]
+        found = [row for row in behind if row.ids[inside] == alone[inside]]
+        assert sum(all(row.trained[inside]) for row in found) == 1
+        trained += len(alone) - len(prompt)
+    assert sum(sum(row.trained) for row in rows) == trained, "and nothing else is trained"
+    return rows
+
+
+def test_every_answer_is_learned_behind_what_it_is_served_behind(renderer: Renderer) -> None:
+    rows = check_turns(renderer, CHAT)
+    assert rows[-1].ids == renderer.example(CHAT).ids
+    assert len(rows) == (1 if renderer.template == "chat" else 2)
+
+
+def test_an_answer_of_weight_0_is_read_but_not_learned(renderer: Renderer) -> None:
+    unlearned: Message = {"role": "assistant", "content": "The cat.", "weight": 0}
+    chat = [*CHAT[:2], unlearned, *CHAT[3:]]
+    (row,) = check_turns(renderer, chat)
+    assert row == renderer.example(CHAT)
+
+
 def test_history_is_encoded_as_it_was_trained(renderer: Renderer) -> None:
     """A prompt with history starts with the ids of the same chat as an example."""
     short = renderer.example(CHAT[:3])
@@ -285,6 +316,7 @@ def test_a_template_that_drops_old_reasoning_still_serves(make_tokenizer: MakeTo
     rendered = renderer.example(CHAT)
     assert renderer.show(rendered).endswith("⟦<think></think>Home, to sleep.<|im_end|>⟧")
     assert list(rendered.ids[: len(renderer.prompt(CHAT[:-1]))]) == renderer.prompt(CHAT[:-1])
+    assert len(check_turns(renderer, CHAT)) == 2
 
 
 def test_no_chat_template_is_said_with_its_remedy(make_tokenizer: MakeTokenizer) -> None:

@@ -165,6 +165,17 @@ def test_label_rows_hold_no_token_of_the_answer(stories260k: Path) -> None:
         label_rows(prepared.rows, prepared.examples, ("animal",))
 
 
+def test_all_answers_of_a_conversation_are_learned_when_asked_for(stories260k: Path) -> None:
+    _, renderer = load(stories260k)
+    first, last = examples()[:2]
+    chat = Example(id="chat", messages=(*first.messages, *last.messages), source="data.jsonl:1")
+    one = prepare([chat], renderer, Training(), None)
+    every = prepare([chat], renderer, Training(turns="all"), None)
+    assert (len(one.rows), len(every.rows), len(every.examples)) == (1, 2, 2)
+    assert one.rows == every.rows[1:]
+    assert "⟦animal" in every.sample
+
+
 class Endless(Renderer):
     """A renderer broken on purpose: its stop token is not trained."""
 

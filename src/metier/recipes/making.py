@@ -265,15 +265,16 @@ def prepare(bench: Workbench, arm: Arm, engine: Engine) -> tuple[Prepared, Prepa
 
     """
     compose = composer(bench, arm, room(bench, arm, engine), "")
+    training = bench.task.training
+    if arm.mode == "head":  # the label is that of the whole conversation
+        training = training.model_copy(update={"turns": "last"})
 
     def prepared(part: Sequence[Example], name: str) -> Prepared:
         composed = [
             dataclasses.replace(row, messages=(*compose(row.prompt), row.messages[-1]))
             for row in part
         ]
-        return preflight.prepare(
-            composed, engine.renderer, bench.task.training, engine.context, name
-        )
+        return preflight.prepare(composed, engine.renderer, training, engine.context, name)
 
     parts = bench.parts
     rows = prepared(parts.train, "training"), prepared(parts.validation, "validation")
@@ -289,7 +290,7 @@ def check_answers(bench: Workbench, engine: Engine) -> None:
         TrainingError: `max_new_tokens` is below the longest training answer with its stop token.
 
     """
-    rows = [(preflight.render(row, engine.renderer), row) for row in bench.parts.train]
+    rows = [(row, e) for e in bench.parts.train for row in preflight.render(e, engine.renderer)]
     limit = preflight.longest(bench.task.training, engine.context)
     kept = [(sum(row.trained), example) for row, example in rows if len(row.ids) <= limit]
     longest, example = max(kept, key=lambda pair: pair[0])
@@ -312,7 +313,7 @@ def room(bench: Workbench, arm: Arm, engine: Engine) -> arms.Fits:
     if arm.method != "lora+rag":
         return fits
     limit = preflight.longest(bench.task.training, engine.context)
-    held_out = (preflight.render(row, engine.renderer) for row in bench.parts.validation)
+    held_out = [r for e in bench.parts.validation for r in preflight.render(e, engine.renderer)]
     answers = [sum(row.trained) for row in held_out if len(row.ids) <= limit]
     longest = max([engine.max_new_tokens, *answers])
     return lambda chat: len(engine.renderer.prompt(chat)) + longest <= limit

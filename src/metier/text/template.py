@@ -102,6 +102,29 @@ class Renderer:
         trained = (False,) * len(prompt) + (True,) * len(answer)
         return Rendered((*prompt, *answer), trained)
 
+    def turns(self, messages: Chat, tools: Tools = ()) -> list[Rendered]:
+        """Ids of a chat in which every answer is trained, but those of weight 0.
+
+        Every answer is learned behind exactly the ids that it is served behind. So the chat is one
+        row where the template keeps an answer as it was written, and a row for each answer where
+        it does not (text templates go on with a line break instead of EOS; others drop reasoning).
+
+        Raises:
+            DataError: two answers follow each other, or the chat does not fit the template.
+            ModelError: the chat template rewrites the prompt when the answer is added.
+
+        """
+        rows: list[Rendered] = []
+        for end, message in enumerate(messages, start=1):
+            if message.get("role") != "assistant" or message.get("weight") == 0:
+                continue
+            row = self.example(messages[:end], tools)
+            if rows and row.ids[: len(rows[-1].ids)] == rows[-1].ids:
+                trained = rows.pop().trained
+                row = Rendered(row.ids, (*trained, *row.trained[len(trained) :]))
+            rows.append(row)
+        return rows
+
     def answer(self, ids: Sequence[int]) -> str:
         """Text of generated ids: up to the first stop token, stripped."""
         end = next((i for i, token in enumerate(ids) if token in self.stop_ids), len(ids))

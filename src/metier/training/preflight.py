@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from metier.errors import MetierError, TrainingError
 from metier.records import Example
-from metier.task import Training
-from metier.text.template import Renderer
+from metier.task import Training, Turns
+from metier.text.template import Rendered, Renderer
 from metier.training.batches import Row
 
 
@@ -18,7 +18,7 @@ class Prepared:
 
     Attributes:
         rows: as ids.
-        examples: behind the rows.
+        examples: behind the rows, one for each.
         sample: one example as text, its trained tokens between ⟦ and ⟧.
         dropped: rows left out, by reason.
 
@@ -42,7 +42,7 @@ def prepare(
     Args:
         examples: the training or validation part.
         renderer: the one that will serve.
-        training: for `max_length` and `too_long`.
+        training: for `max_length`, `too_long` and `turns`.
         limit: longest input of the base in tokens, if it names one.
         part: name of the part, for messages.
 
@@ -51,24 +51,20 @@ def prepare(
 
     """
     most = longest(training, limit)
-    rows: list[Row] = []
-    kept: list[Example] = []
-    for example in examples:
-        row = render(example, renderer)
-        if len(row.ids) > most:
-            if training.too_long != "drop":
-                raise _too_long(example, len(row.ids), most)
-            continue
-        rows.append(row)
-        kept.append(example)
-    if not rows:
+    found = [(row, e) for e in examples for row in render(e, renderer, training.turns)]
+    for row, example in found:
+        if len(row.ids) > most and training.too_long != "drop":
+            raise _too_long(example, len(row.ids), most)
+    fitting = [(row, example) for row, example in found if len(row.ids) <= most]
+    if not fitting:
         raise TrainingError(
             f"{part} part",
             f"has no row of at most {most:,} tokens to train with",
             "give more or shorter examples, or raise training.max_length",
         )
-    shown = renderer.show(renderer.example(kept[0].messages, kept[0].tools))
-    dropped = len(examples) - len(kept)
+    rows, kept = [row for row, _ in fitting], [example for _, example in fitting]
+    dropped = len(found) - len(fitting)
+    shown = renderer.show(Rendered(rows[0].ids, rows[0].trained))
     return Prepared(rows, kept, shown, {f"{part} rows": dropped} if dropped else {})
 
 
@@ -77,18 +73,28 @@ def longest(training: Training, limit: int | None) -> int:
     return min(training.max_length, limit or training.max_length)
 
 
-def render(example: Example, renderer: Renderer) -> Row:
-    """The row of one example.
+def render(example: Example, renderer: Renderer, turns: Turns = "last") -> list[Row]:
+    """The rows of one example: one, or several where all its answers are learned.
 
     Raises:
-        TrainingError: it has no trained token, or does not train its stop token.
+        TrainingError: one has no trained token, or does not train its stop token.
 
     """
     place = example.source or f"example {example.id}"
     try:
-        row = Row.of(renderer.example(example.messages, example.tools))
+        if turns == "all":
+            rendered = renderer.turns(example.messages, example.tools)
+        else:
+            rendered = [renderer.example(example.messages, example.tools)]
     except MetierError as error:
         raise TrainingError(f"{place}: {error.place}", error.cause, error.remedy) from None
+    for row in rendered:
+        _check(row, renderer, place)
+    return [Row.of(row) for row in rendered]
+
+
+def _check(row: Rendered, renderer: Renderer, place: str) -> None:
+    """Refuse a row from which an answer or its end would not be learned."""
     if not any(row.trained[:-1]):
         raise TrainingError(place, "its answer has no token to train on", "give it an answer")
     if row.ids[-1] not in renderer.stop_ids or not row.trained[-1]:
@@ -97,7 +103,6 @@ def render(example: Example, renderer: Renderer) -> Row:
             "the stop token is not trained, so the model would never stop",
             "use a template that ends answers with the stop token",
         )
-    return row
 
 
 def _too_long(example: Example, length: int, longest: int) -> TrainingError:
