@@ -45,12 +45,14 @@ def by_products(
 
     """
     rows, heads, queries, size = query.shape
-    if queries > 1 or any(others.get(name) is not None for name in ("position_bias", "softcap")):
+    by_head = attention_mask is not None and attention_mask.shape[1] > 1
+    more = any(others.get(name) is not None for name in ("position_bias", "softcap"))
+    if queries > 1 or by_head or more:
         usual = ALL_ATTENTION_FUNCTIONS["sdpa"]
         return usual(  # type: ignore[no-any-return]
             module, query, key, value, attention_mask, scaling=scaling, **others
         )
-    shared = query.view(rows, key.shape[1], -1, size)
+    shared = query.reshape(rows, key.shape[1], -1, size)
     scores = (shared @ key.transpose(2, 3)).float() * (scaling or size**-0.5)
     if attention_mask is not None:
         scores = scores.masked_fill(~attention_mask, float("-inf"))
