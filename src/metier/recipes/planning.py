@@ -219,12 +219,14 @@ class _Base:
             phrased = len(phrasings(self._bench.task.kind))
             tried = min(making.CHOOSE_ON, len(parts.validation))
             return phrased * tried * self._batched(arm, request)
-        making.prepare(self._bench, arm, self._engine)
+        train, held = (
+            sum(_trained_on(row, arm) for row in prepared.rows)
+            for prepared in making.prepare(self._bench, arm, self._engine)
+        )
         training = self._bench.task.training
-        # Validation is read only: a third of the work.
         passes = training.epochs + (classify.READING_PASSES if arm.mode == "head" else 0)
-        rows = passes * (len(parts.train) + len(parts.validation) / 3)
-        tokens = rows * (request.read + request.written)
+        # Validation is read only: a third of the work.
+        tokens = passes * (train + held / 3)
         return len(training.seeds) * tokens / self._speeds[_model_of(arm)].train
 
     def answering(self, arm: Arm, request: Request) -> float:
@@ -271,6 +273,11 @@ class _Base:
             return Request(read, engine.max_new_tokens)
         whole = sum(len(engine.renderer.example([*chat, end]).ids) for chat, end in chats)
         return Request(read, whole / len(rows) - read)
+
+
+def _trained_on(row: Row, arm: Arm) -> int:
+    """Tokens of a row; to a head the answer is a class, not text."""
+    return row.trained.index(True) if arm.mode == "head" else len(row.ids)
 
 
 def _model_of(arm: Arm) -> str:
