@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from metier import runs
-from metier.model.device import set_threads
+from metier.model.device import set_up_processor
 from metier.model.generate import Engine
 from metier.model.load import load_base
 from metier.text.template import Renderer
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=HERE.parent.parent / "shared/data/blimp")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "blimp.json")
     arguments = parser.parse_args()
-    set_threads()
+    set_up_processor()
     base = load_base(arguments.base)
     engine = Engine(base.model, Renderer(base.tokenizer, "plain"), max_new_tokens=1)
     paradigms = {}

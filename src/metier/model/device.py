@@ -1,4 +1,4 @@
-"""Device, number format and threads: chosen in one place."""
+"""Device, number format and the processor's threads: chosen in one place."""
 
 from __future__ import annotations
 
@@ -10,9 +10,15 @@ import psutil
 import torch
 
 from metier.errors import ModelError
+from metier.progress import Progress
 
 # What /proc/cpuinfo calls native bfloat16 arithmetic on x86 and on ARM.
 _BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
+# oneDNN keeps about 0.3 MB for each of the last 1,024 shapes besides as much that it never frees;
+# one is made anew in a quarter of a millisecond.
+_PRIMITIVES = "128"
+# Seconds for which the cores are looked at, and the share in percent that makes one busy.
+_LOOKS, _BUSY = (0.1, 1.0), 50.0
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -59,12 +65,44 @@ def processor_flags() -> frozenset[str]:
     return frozenset()
 
 
-def set_threads() -> int:
-    """Give PyTorch one thread per core this process may use; OMP_NUM_THREADS wins. Returns it."""
+def set_up_processor(progress: Progress | None = None) -> int:
+    """Give PyTorch its threads and bound what it keeps. Returns how many threads.
+
+    There is a thread for every core this process may use; OMP_NUM_THREADS wins. Must be called
+    before the first product, as the bound is read then.
+
+    Args:
+        progress: given where a piece of work begins that a person waits for: cores that other
+            programs keep busy are then left out, which it is told, for threads wait for each
+            other many times a step and one without a core of its own makes all of them slow.
+
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", _PRIMITIVES)
     asked = os.environ.get("OMP_NUM_THREADS", "")
-    count = int(asked) if asked.isdigit() and int(asked) else _usable_cores()
+    if asked.isdigit() and int(asked):
+        count = int(asked)
+    else:
+        usable = count = _usable_cores()
+        if progress and (count := min(usable, _free_cores(usable))) < usable:
+            progress.say(
+                f"other programs keep cores busy: {count} of {usable} threads, which is quicker "
+                "than to wait for them (OMP_NUM_THREADS sets another number)"
+            )
     torch.set_num_threads(count)
     return count
+
+
+def _free_cores(wanted: int) -> int:
+    """Cores that other programs leave free, at least 1; where some are busy it looks for longer."""
+    free = 0
+    for seconds in _LOOKS:
+        used = psutil.cpu_percent(seconds, percpu=True)
+        if platform.system() == "Linux":
+            used = [used[core] for core in os.sched_getaffinity(0)]
+        free = sum(share < _BUSY for share in used)
+        if free >= wanted:
+            break
+    return max(1, free)
 
 
 def _usable_cores() -> int:

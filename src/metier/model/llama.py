@@ -2,8 +2,8 @@
 
 It computes what `LlamaModel` computes (Touvron et al. 2023, arXiv 2302.13971), with or without
 LoRA, but quicker on a processor: no padding but in attention; q, k and v are one product, and so
-are gate and up (`linear`); and attention is two plain matrix products (the backward of the fused
-CPU kernel is slow for short windows). Left out: key-value cache, dropout, biases, other families.
+are gate and up (`linear`); and attention has a backward of its own (`causal`; that of the fused CPU
+kernel is slow for short windows). Left out: key-value cache, dropout, biases, other families.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from metier.model.backbone import inner
+from metier.model.causal import causal_attention
 from metier.model.linear import Joined, Weights, project
 from metier.model.rows import Group, groups, padded
 
@@ -98,7 +99,7 @@ class LlamaForward:
             )
             cos, sin = angle.cos()[:, None], angle.sin()[:, None]
             mask = torch.full((longest, longest), float("-inf"), device=device).triu(1)
-            self._tables = (cos.to(self._dtype), sin.to(self._dtype), mask)
+            self._tables = (cos.to(self._dtype), sin.to(self._dtype), mask.to(self._dtype))
         spare = padded(sum(lengths)) - sum(lengths)
         nowhere = torch.zeros(spare, dtype=torch.long)
         positions = torch.cat([*(torch.arange(n) for n in lengths), nowhere]).to(device)
@@ -189,32 +190,12 @@ def _attention(projected: Tensor, layout: Layout, sizes: tuple[int, int, int]) -
     turned = _rotate(tokens[:, : heads + kv_heads], layout.cos, layout.sin)
     values = tokens[:, heads + kv_heads :]
     mixed = [
-        group.gather(_attend(group.spread(turned), group.spread(values), layout.mask))
+        group.gather(causal_attention(group.spread(turned), group.spread(values), layout.mask))
         for group in layout.groups
     ]
     if layout.spare:
         mixed.append(projected.new_zeros(layout.spare, heads * size))
     return torch.cat(mixed) if len(mixed) > 1 else mixed[0]
-
-
-def _attend(turned: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """Attention of rows side by side, shape (rows, length, heads * size).
-
-    Args:
-        turned: queries and keys, shape (rows, length, heads + key heads, size).
-        values: shape (rows, length, key heads, size).
-        mask: shape (longest, longest).
-
-    """
-    rows, length, kv_heads, size = values.shape
-    heads = turned.shape[2] - kv_heads
-    q, k = torch.split(turned.transpose(1, 2), [heads, kv_heads], dim=1)
-    v = values.transpose(1, 2)
-    if kv_heads != heads:
-        k, v = (t.repeat_interleave(heads // kv_heads, dim=1) for t in (k, v))
-    scores = _wide(q @ k.transpose(2, 3)) * size**-0.5 + mask[:length, :length]
-    mixed: Tensor = torch.softmax(scores, dim=-1).to(v.dtype) @ v
-    return mixed.transpose(1, 2).reshape(rows, length, heads * size)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -121,9 +121,11 @@ def audit(task_file: Path, overrides: Sequence[str] = ()) -> Audit:
 
 def plan(task_file: Path, overrides: Sequence[str] = (), progress: Progress | None = None) -> Plan:
     """Estimate time and memory of every arm before anything runs."""
+    from metier.model.device import set_up_processor
     from metier.recipes import planning
     from metier.recipes.workbench import open_workbench, read_task
 
+    set_up_processor(progress)
     task = read_task(task_file, overrides)
     return planning.plan(open_workbench(task, task_file.parent), progress or Silent())
 
@@ -148,11 +150,11 @@ def run(
         MetierError: something in the task, the data or the machine must be mended first.
 
     """
-    from metier.model.device import set_threads
+    from metier.model.device import set_up_processor
     from metier.recipes import experiment
     from metier.task import Task
 
-    set_threads()
+    set_up_processor(progress)
     directory = run_directory(Task.load(task_file, overrides).name, out)
     return experiment.run(task_file, directory, overrides, budget, progress or Silent())
 
@@ -183,11 +185,11 @@ def train(
         BudgetError: it would take longer than the budget.
 
     """
-    from metier.model.device import set_threads
+    from metier.model.device import set_up_processor
     from metier.recipes.experiment import train_one
     from metier.task import Task
 
-    set_threads()
+    set_up_processor(progress)
     overrides = [*overrides, f"arms={json.dumps([arm])}"]
     directory = run_directory(Task.load(task_file, overrides).name, out)
     return train_one(task_file, directory, overrides, budget, progress or Silent())
@@ -205,10 +207,10 @@ def pretrain(
         the directory of the base in Hugging Face layout.
 
     """
-    from metier.model.device import set_threads
+    from metier.model.device import set_up_processor
     from metier.training import pretrain as pretraining
 
-    set_threads()
+    set_up_processor(progress)
     config = pretraining.PretrainConfig.load(config_file, overrides)
     return pretraining.pretrain(
         config,
@@ -220,10 +222,10 @@ def pretrain(
 
 def specialist(run: Path, arm: str | None = None) -> Specialist:
     """Load an arm of a finished run; by default the one its verdict names."""
-    from metier.model.device import set_threads
+    from metier.model.device import set_up_processor
     from metier.recipes.answering import load_specialist
 
-    set_threads()
+    set_up_processor()
     return load_specialist(run, arm)
 
 
@@ -247,10 +249,10 @@ def predict(
         progress: is told every input.
 
     """
-    from metier.model.device import set_threads
+    from metier.model.device import set_up_processor
     from metier.recipes.answering import predict as answer
 
-    set_threads()
+    set_up_processor(progress)
     return answer(run, file, out, arm, progress or Silent())
 
 
