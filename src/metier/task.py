@@ -128,6 +128,8 @@ class Training(Config):
     turns: Turns = "last"
     """Which answers of a conversation are learned: the last, which is what is evaluated, or all
     but those of weight 0."""
+    rehearsal: Annotated[FiniteFloat, Field(ge=0)] = 2.0
+    """Weight of saying what the base says about text of its own, against forgetting (0: none)."""
     lora: Lora = Lora()
     """Low-rank adapters."""
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0, 1, 2)
@@ -195,6 +197,11 @@ class Arm(Config):
     def tuned(self) -> bool:
         """Whether it needs training of a language model."""
         return self.method in TUNED_METHODS
+
+    @property
+    def may_forget(self) -> bool:
+        """Whether learning its task could cost it what else it can say: a head says nothing."""
+        return self.tuned and self.mode != "head"
 
     @property
     def name(self) -> str:

@@ -205,6 +205,7 @@ def test_every_family_is_continued_rightly(base: Base, family: str) -> None:
     expected = [oracle(model, prompt, renderer.stop_ids, 10) for prompt in prompts]
     assert engine.generate_ids(prompts) == expected
     assert engine.generate_ids(prompts[5:]) == expected[5:], "with a common start"
+    assert engine.generate_ids(prompts[:1]) == expected[:1], "with nothing read before"
     pairs = [(prompts[i], continuation) for i in (2, 5) for continuation in ([4, 5], [6])]
     assert engine.logprobs(pairs) == pytest.approx([plainly(model, *p) for p in pairs], abs=1e-3)
 

@@ -25,6 +25,9 @@ def rows() -> Iterator[dict[str, str]]:
                 yield {"text": f"{name} {verb} a big {word} and was happy", "label": label}
 
 
+QUICK = {"epochs": 2, "seeds": [0, 1], "max_length": 128, "batch_size": 16, "rehearsal": 0}
+
+
 def write_task(directory: Path, base: Path, **changes: object) -> Path:
     """A classification task of 90 rows."""
     data = directory / "rows.jsonl"
@@ -37,7 +40,7 @@ def write_task(directory: Path, base: Path, **changes: object) -> Path:
         "template": "plain",
         "arms": ["prompt", "classical", "lora", "lora/head"],
         "split": {"near_duplicate": 1.0},
-        "training": {"epochs": 2, "seeds": [0, 1], "max_length": 128, "batch_size": 16},
+        "training": QUICK,
         "max_new_tokens": 6,
         **changes,
     }
@@ -52,5 +55,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory, stories260k: Path) -> Pat
     from metier import recipes
 
     directory = tmp_path_factory.mktemp("task")
-    recipes.run(write_task(directory, stories260k), directory / "run")
+    task = write_task(directory, stories260k, training={**QUICK, "rehearsal": 1})
+    recipes.run(task, directory / "run")
     return directory

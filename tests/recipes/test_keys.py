@@ -57,6 +57,7 @@ CHANGES: dict[str, Change] = {
     "shots": of_task(retrieval=Retrieval(shots=2)),
     "epochs": of_training(epochs=3),
     "rank": of_training(lora=Lora(rank=4)),
+    "rehearsal": of_training(rehearsal=0.5),
     "remote": of_task(remote=Remote(base_url="http://127.0.0.1:1/v1", model="other")),
     "prices": lambda bench: of_task(
         remote=bench.task.remote.model_copy(
@@ -81,7 +82,7 @@ LENGTH = {"max_new_tokens", "max_length", "labels"}
 ASKED = {"instruction", "good", "bad", "kind", "grader"} | LENGTH
 PROMPT = ROWS | BASE | ASKED | {"what a grader reads"}
 FEW_SHOT = PROMPT | {"shots"}
-LORA = ROWS | BASE | {"epochs", "rank", "max_length"}
+LORA = ROWS | BASE | {"epochs", "rank", "rehearsal", "max_length"}
 MAKING = {
     "prompt": PROMPT,
     "prompt/likelihood": PROMPT,
@@ -90,9 +91,9 @@ MAKING = {
     "remote": (PROMPT - BASE - {"max_length"}) | {"remote"},
     "classical": ROWS,
     "lora": LORA,
-    "lora/head": LORA | {"labels"},
+    "lora/head": (LORA - {"rehearsal"}) | {"labels"},
     "full": LORA - {"rank"},
-    "full/head": (LORA - {"rank"}) | {"labels"},
+    "full/head": (LORA - {"rank", "rehearsal"}) | {"labels"},
     "lora+rag": LORA | LENGTH | {"shots", "documents"},
 }
 ANSWERED = {"kind"} | LENGTH
@@ -149,6 +150,10 @@ def test_what_a_base_knows_depends_on_no_template(bench: Workbench) -> None:
     arm = Arm.of("lora")
     assert changed_by(bench, lambda b: Keys(b).ability(arm, None)) == {"base"}
     assert changed_by(bench, lambda b: Keys(b).ability(arm, Path("arm-lora"))) == set()
+
+
+def test_what_a_base_writes_depends_on_itself_alone(bench: Workbench) -> None:
+    assert changed_by(bench, lambda b: Keys(b).rehearsal(Arm.of("lora"))) == {"base"}
 
 
 def test_what_a_specialist_reads_later_is_written_anew(bench: Workbench, tmp_path: Path) -> None:

@@ -17,8 +17,10 @@ from metier.evaluation.schema import Verdict
 from metier.progress import Progress, Silent
 from metier.recipes import experiment
 from metier.recipes.experiment import read_verdict
-from metier.recipes.workbench import Workbench
+from metier.recipes.workbench import Workbench, open_workbench, read_task
 from metier.records import Chat, Completion
+from metier.runs import Run
+from metier.task import Arm
 from tests.recipes.conftest import write_task
 
 
@@ -41,6 +43,27 @@ def test_the_verdict_is_complete_and_valid(finished: Path) -> None:
     assert lora.latency_requests == min(50, verdict.data.validation)
     assert lora.cost_per_1000 == pytest.approx(lora.latency_mean / 3.6 * 0.1)
     assert (finished / "run" / "report.html").read_text().startswith("<!doctype html>")
+
+
+def test_a_base_writes_once_for_all_that_may_forget_it(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert sum(name.startswith("rehearsal-") for name in stages(finished / "run")) == 1
+    given: dict[str, list[bool]] = {}
+
+    def tune(_: Workbench, arm: Arm, __: int, rehearsed: object, *___: object) -> None:
+        given.setdefault(arm.name, []).append(rehearsed is not None)
+
+    monkeypatch.setattr(experiment.tuning, "tune", tune)
+    for weight in (1.0, 0.0):
+        task = read_task(finished / "task.yaml", [f"training.rehearsal={weight}"])
+        bench = open_workbench(task, finished)
+        with Run(tmp_path / str(weight)) as run:
+            for arm in ("lora", "full", "lora/head"):
+                experiment.Experiment(bench, run, Silent()).make(Arm.of(arm), 0)
+        written = [s for s in stages(tmp_path / str(weight)) if s.startswith("rehearsal-")]
+        assert len(written) == (weight > 0)
+    assert given == {"lora": [True, False], "full": [True, False], "lora/head": [False, False]}
 
 
 def test_a_second_run_repeats_nothing_and_opens_nothing(finished: Path) -> None:
@@ -130,6 +153,7 @@ def test_training_goes_on_after_a_kill(tmp_path: Path, stories260k: Path) -> Non
     made = {path: path.stat().st_mtime_ns for path in run.glob("*/manifest.json")}
     assert {path.parent.name.rsplit("-", 1)[0] for path in made} == {
         "arm-classical",
+        "rehearsal",
         "validation-classical",
     }
     told = Told()

@@ -1,6 +1,7 @@
 import dataclasses
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from metier.progress import Silent
 from metier.recipes import tuning
 from metier.recipes.workbench import open_workbench, read_task
 from metier.task import Arm
+from metier.training import rehearsal
 from tests.recipes.conftest import write_task
 
 
@@ -31,13 +33,37 @@ def test_a_full_model_is_kept_in_what_the_device_computes_in(
     task = write_task(tmp_path, stories260k, training=training)
     bench, out = open_workbench(read_task(task), tmp_path), tmp_path / "made"
     out.mkdir()
-    tuning.tune(bench, Arm.of("full"), 0, out, tmp_path / "scratch", Silent())
+    tuning.tune(bench, Arm.of("full"), 0, None, Silent(), out, tmp_path / "scratch")
     weights = load_file(out / "model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {dtype}
     facts = tuning.read_facts(out)
     assert facts.seconds > 0
     assert facts.skipped == 0
     assert tuning.notes([facts]) == []
+
+
+def test_every_step_of_a_text_arm_rehearses(
+    tmp_path: Path, stories260k: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weight is that of the task; a head, which says nothing, has nothing to keep."""
+    weights: list[float] = []
+
+    def loss(_: object, __: object, ___: int, weight: float) -> Callable[[int], torch.Tensor]:
+        return lambda step: weights.append(weight) or torch.zeros(1, requires_grad=True).sum()
+
+    monkeypatch.setattr(rehearsal, "loss", loss)
+    training = {"epochs": 1, "seeds": [0], "max_length": 128, "batch_size": 16, "rehearsal": 0.3}
+    bench = open_workbench(
+        read_task(write_task(tmp_path, stories260k, training=training)), tmp_path
+    )
+    nothing = torch.zeros(0, dtype=torch.long)
+    held = rehearsal.Rehearsal(nothing, (), nothing, nothing, nothing)
+    for name in ("lora", "full"):
+        out = tmp_path / name
+        out.mkdir()
+        weights.clear()
+        tuning.tune(bench, Arm.of(name), 0, held, Silent(), out, tmp_path / f"scratch-{name}")
+        assert weights == [0.3] * tuning.read_facts(out).steps
 
 
 def test_skipped_steps_are_told_of_every_seed(
@@ -53,7 +79,7 @@ def test_skipped_steps_are_told_of_every_seed(
     task = write_task(tmp_path, stories260k, training=training)
     bench, out = open_workbench(read_task(task), tmp_path), tmp_path / "made"
     out.mkdir()
-    tuning.tune(bench, Arm.of("lora"), 0, out, tmp_path / "scratch", Silent())
+    tuning.tune(bench, Arm.of("lora"), 0, None, Silent(), out, tmp_path / "scratch")
     facts = tuning.read_facts(out)
     assert facts.skipped == 1
     (note,) = tuning.notes([facts, dataclasses.replace(facts, steps=6, skipped=2)])

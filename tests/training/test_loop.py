@@ -78,6 +78,20 @@ def test_loss_falls() -> None:
         assert float(((model(batch.x) - batch.y) ** 2).mean()) < 1.0
 
 
+def test_what_is_added_to_a_step_counts_once_however_it_is_cut(tmp_path: Path) -> None:
+    """A pull on the weights that is far stronger than the data."""
+    for parts in (1, 3):
+        directory = tmp_path / str(parts)
+        model, loop = make(Stream(parts), steps=60, directory=directory)
+        start = float((weights(model) ** 2).sum())
+        loop._also = lambda _, m=model: 1e3 * sum((p**2).sum() for p in m.parameters())
+        loop.run()
+        assert float((weights(model) ** 2).sum()) < start / 4
+        first = json.loads((directory / "log.jsonl").read_text().splitlines()[0])
+        assert first["added"] == pytest.approx(1e3 * start)
+        assert first["loss"] < first["added"] / 10, "is told apart"
+
+
 def test_gradient_does_not_depend_on_how_a_step_is_cut() -> None:
     def gradient(parts: int) -> Tensor:
         model, loop = make(Stream(parts), steps=1)

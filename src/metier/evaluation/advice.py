@@ -62,8 +62,8 @@ def _obstacles(each: Compared) -> Iterable[str]:
         )
     if each.forgot:
         yield (
-            "A smaller training.learning_rate, fewer training.epochs, or general text among the "
-            "training data, forgets less."
+            "A larger training.rehearsal, a smaller training.learning_rate or fewer "
+            "training.epochs forget less."
         )
     if each.proven and each.not_beaten:
         yield (

@@ -245,8 +245,8 @@ def _read(model: Any, bodies: Sequence[Ids], pad_id: int) -> Cache:
         for layer, read in zip(layers, found.layers, strict=True):
             for place, row in enumerate(chunk):
                 layer.place(row, len(bodies[row]), read.keys[place], read.values[place])
-    if not layers:
-        return Cache(layer_class_to_replicate=make)  # type: ignore[arg-type]
+    if not layers:  # prompts of one token: nothing was read yet
+        layers = [make() for _ in range(model.config.get_text_config().num_hidden_layers)]
     return Cache(layers=list(layers))
 
 

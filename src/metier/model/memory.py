@@ -12,6 +12,9 @@ import torch
 
 _INTERVAL = 0.05
 
+SLACK = 1 << 29
+"""Bytes that a long piece of work may gather before it gives memory back."""
+
 
 class PeakMemory:
     """Measures the process's memory while it is entered, sampled twenty times a second.
@@ -67,12 +70,12 @@ def resident() -> int:
 
 
 class Thrift:
-    """Gives memory back whenever the process has grown by some bytes since it last did.
+    """Gives memory back whenever the process has grown by `slack` bytes since it last did.
 
     Each time costs as much as fetching anew the pages that are still used in turn.
     """
 
-    def __init__(self, slack: int = 1 << 29) -> None:
+    def __init__(self, slack: int = SLACK) -> None:
         self._slack = slack
         self._held = resident()
 

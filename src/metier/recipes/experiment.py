@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,6 +28,7 @@ from metier.evaluation.report import write_report
 from metier.evaluation.schema import ArmDetails, DataSummary, Forgotten, SeedResult, Verdict
 from metier.evaluation.verdict import decide
 from metier.graders import summarise
+from metier.model.load import load_base
 from metier.model.memory import PeakMemory
 from metier.progress import Progress
 from metier.recipes import making, planning, tuning
@@ -35,6 +37,7 @@ from metier.recipes.workbench import Workbench, open_workbench, read_task, save
 from metier.records import Example
 from metier.runs import Run, fingerprint
 from metier.task import SIMPLER_METHODS, TUNED_METHODS, Arm, Task
+from metier.training import rehearsal
 
 C = TypeVar("C", bound=Config)
 
@@ -201,7 +204,7 @@ class Experiment:
         candidate.latency = runner.Latency(**about["latency"])
         candidate.peak_memory = about["peak_memory"]
         candidate.notes = tuple(json.loads((answers[0] / "notes.json").read_text()))
-        if arm.tuned and arm.mode != "head":
+        if arm.may_forget:
             candidate.forgetting = self._forgetting(arm, directories)
 
     def decide(
@@ -287,13 +290,25 @@ class Experiment:
         """Make an arm, or find it made; the seed counts for a tuned one."""
         bench, progress, stage = self._bench, self._progress, self._stage(arm, seed)
         if arm.tuned:
-            return self._resumable(
-                *stage, lambda p, scratch: tuning.tune(bench, arm, seed, p, scratch, progress)
-            )
+            rehearsed = self._rehearsal(arm)
+            make = partial(tuning.tune, bench, arm, seed, rehearsed, progress)
+            return self._resumable(*stage, make)
         if arm.method == "classical":
             progress.stage("fit classical")
             return self._run.stage(*stage, lambda p: making.fit_classical(bench, p))
         return self._run.stage(*stage, lambda p: making.choose_phrasing(bench, arm, p, progress))
+
+    def _rehearsal(self, arm: Arm) -> rehearsal.Rehearsal | None:
+        """What the base wrote of its own, for an arm that should not forget it."""
+        if not (self._bench.task.training.rehearsal and arm.may_forget):
+            return None
+
+        def make(path: Path) -> None:
+            self._progress.stage("the base writes text of its own, against forgetting")
+            rehearsal.write(load_base(arm.base or self._bench.task.bases()[0])).save(path)
+
+        path = self._run.stage("rehearsal", self._keys.rehearsal(arm), make)
+        return rehearsal.Rehearsal.load(path)
 
     def _resumable(self, name: str, inputs: Inputs, make: Callable[[Path, Path], None]) -> Path:
         """A stage whose `make` is also given a directory that outlives an interruption."""

@@ -22,7 +22,7 @@ from metier.text.tokenizer import Tokenizer
 Inputs = dict[str, Any]
 
 # Raise when stored results of older code must not be reused.
-_EDITION = 6
+_EDITION = 7
 
 
 class Keys:
@@ -88,13 +88,22 @@ class Keys:
             "material": fingerprint([dataclasses.asdict(material)]),
         }
 
+    def rehearsal(self, arm: Arm) -> Inputs:
+        """Of what a base writes of its own, without a template."""
+        hashes = self._base(arm)
+        return {"edition": _EDITION, "base": [hashes["weights"], hashes["tokenizer"]]}
+
     def opening(self, answers: Sequence[Inputs]) -> Inputs:
         """Of a look at the sealed part: what is answered there."""
         return {"test": self._bench.parts.test_fingerprint, "answers": list(answers)}
 
     def _training(self, arm: Arm, seed: int) -> Inputs:
         """A tuned arm learns from the bare chat: no instruction, no labels unless it has a head."""
-        unread = {"seeds"} if arm.method != "full" else {"seeds", "lora"}
+        unread = {"seeds"}
+        if arm.method == "full":
+            unread.add("lora")
+        if arm.mode == "head":
+            unread.add("rehearsal")
         training = self._bench.task.training.model_dump(mode="json", exclude=unread)
         found: Inputs = {"training": training, "seed": seed}
         return found | {"labels": self._bench.labels} if arm.mode == "head" else found

@@ -24,12 +24,12 @@ from metier.model.adapters import add_lora
 from metier.model.decoder import evaluating, has_plain_cache, read_prefix
 from metier.model.generate import Engine
 from metier.model.load import load_base
-from metier.model.memory import PeakMemory, give_back, resident
+from metier.model.memory import SLACK, PeakMemory, give_back, resident
 from metier.progress import Progress
 from metier.recipes import making
 from metier.recipes.workbench import Workbench
 from metier.task import Arm
-from metier.training import classify, sft
+from metier.training import classify, rehearsal, sft
 from metier.training.batches import Batch, Row
 
 _SAMPLED = 24
@@ -205,7 +205,7 @@ class _Base:
         self._bench, self._name = bench, name
         self._engine, self._speeds = _measure(bench, name, {_model_of(arm) for arm in arms})
         # The base is measured once, for all arms that may forget.
-        self._first = next((arm for arm in arms if _may_forget(arm)), None)
+        self._first = next((arm for arm in arms if arm.may_forget), None)
 
     def arm_name(self, arm: Arm) -> str:
         """How reports call an arm over this base."""
@@ -227,7 +227,22 @@ class _Base:
         passes = training.epochs + (classify.READING_PASSES if arm.mode == "head" else 0)
         # Validation is read only: a third of the work.
         tokens = passes * (train + held / 3)
-        return len(training.seeds) * tokens / self._speeds[_model_of(arm)].train
+        again, writing = self._rehearsal(arm)
+        seeds, rate = len(training.seeds), self._speeds[_model_of(arm)].train
+        return seeds * (tokens + again) / rate + writing
+
+    def _rehearsal(self, arm: Arm) -> tuple[float, float]:
+        """Tokens that each training reads against forgetting, and seconds until they are written.
+
+        A base writes them once, for all arms that may forget.
+        """
+        training = self._bench.task.training
+        if not (training.rehearsal and arm.may_forget):
+            return 0.0, 0.0
+        steps = training.epochs * math.ceil(len(self._bench.parts.train) / training.batch_size)
+        written = rehearsal.TEXTS * rehearsal.LENGTH if arm == self._first else 0
+        tokens = steps * rehearsal.STEP_TEXTS * rehearsal.LENGTH
+        return tokens, written / self._speeds["base"].write
 
     def answering(self, arm: Arm, request: Request) -> float:
         """Validation and test part with every seed, and the requests that show the latency."""
@@ -240,7 +255,7 @@ class _Base:
 
     def forgetting(self, arm: Arm) -> float:
         """General text and minimal pairs, read by the base once and by every tuned model."""
-        if not _may_forget(arm):
+        if not arm.may_forget:
             return 0.0
         tokens = _general_tokens(self._bench, self._engine)
         after = len(self._bench.task.training.seeds) / self._speeds[_model_of(arm)].score
@@ -285,10 +300,6 @@ def _model_of(arm: Arm) -> str:
     if not arm.tuned:
         return "base"
     return "full" if arm.method == "full" else "lora"
-
-
-def _may_forget(arm: Arm) -> bool:
-    return arm.tuned and arm.mode != "head"
 
 
 def _general_tokens(bench: Workbench, engine: Engine) -> int:
@@ -365,7 +376,8 @@ def _trained(speed: Speed, engine: Engine, longest: int, state: int) -> Speed:
 def _training_memory(loss: Callable[[Any], torch.Tensor], rate: float, longest: int) -> int:
     """Bytes of this process that trains on a micro-batch of the longest rows.
 
-    Where that takes long, fewer rows are tried and what they need is scaled up.
+    Where that takes long, fewer rows are tried and what they need is scaled up. Added is what a
+    training may gather before it gives memory back.
     """
     rows = max(1, sft.MICRO_TOKENS // longest)
     tried = max(1, min(rows, int(rate * _MOST_SECONDS / longest)))
@@ -373,7 +385,7 @@ def _training_memory(loss: Callable[[Any], torch.Tensor], rate: float, longest: 
     before = resident()
     with PeakMemory() as memory:
         _train(loss, tried, longest)
-    return before + (memory.peak - before) * rows // tried
+    return before + (memory.peak - before) * rows // tried + SLACK
 
 
 def _length(engine: Engine) -> int:

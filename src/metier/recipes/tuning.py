@@ -18,7 +18,7 @@ from metier.progress import Progress
 from metier.recipes import making
 from metier.recipes.workbench import Workbench
 from metier.task import Arm
-from metier.training import classify, preflight, sft
+from metier.training import classify, preflight, rehearsal, sft
 from metier.training.loop import State
 
 _FACTS = "training.json"
@@ -55,7 +55,13 @@ class Facts:
 
 
 def tune(
-    bench: Workbench, arm: Arm, seed: int, directory: Path, scratch: Path, progress: Progress
+    bench: Workbench,
+    arm: Arm,
+    seed: int,
+    rehearsed: rehearsal.Rehearsal | None,
+    progress: Progress,
+    directory: Path,
+    scratch: Path,
 ) -> None:
     """Train an arm and write adapter or model, head, wording and facts into `directory`.
 
@@ -63,9 +69,10 @@ def tune(
         bench: what it is made from.
         arm: a tuned arm.
         seed: of the adapter's start, the order and dropout.
+        rehearsed: of the base, where it should not be forgotten.
+        progress: is told every step.
         directory: receives the result.
         scratch: keeps checkpoints; an interrupted training goes on from there.
-        progress: is told every step.
 
     Raises:
         TrainingError: a row cannot be trained on, or training diverged.
@@ -77,7 +84,7 @@ def tune(
         progress.say(f"{arm.name} is trained on the text between ⟦ and ⟧:\n{rows[0].sample}")
         model = _trainable(bench, arm, base, seed)
         progress.stage(f"train {arm.name}, seed {seed}", _steps(bench, arm, rows[0]))
-        state = _fit(bench, arm, base, model, rows, seed, scratch, progress)
+        state = _fit(bench, arm, base, model, rows, seed, rehearsed, scratch, progress)
     _write(arm, base, model, directory)
     _write_facts(state, rows, seed, memory.peak, directory)
 
@@ -132,6 +139,7 @@ def _fit(
     model: Any,
     rows: tuple[preflight.Prepared, preflight.Prepared],
     seed: int,
+    rehearsed: rehearsal.Rehearsal | None,
     scratch: Path,
     progress: Progress,
 ) -> State:
@@ -145,6 +153,8 @@ def _fit(
     if arm.mode == "head":
         return _fit_head(model, bench, rows, scratch, settings)
     train, held = (p.rows for p in rows)
+    if rehearsed:
+        settings["also"] = rehearsal.loss(model, rehearsed, seed, training.rehearsal)
     loss = sft.answer_loss(model)
     return sft.fit(model, loss, train, held, training, directory=scratch, **settings)
 

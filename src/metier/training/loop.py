@@ -123,6 +123,7 @@ class Loop(Generic[B]):
         batches: the data.
         optimizers: over the model's trained parameters, each group with its peak ``lr``.
         plan: how long and how fast.
+        also: what a step adds to its mean loss.
         directory: receives checkpoints and ``log.jsonl``; None keeps nothing.
         evaluate: figures now, ``loss`` among them, which chooses the best parameters.
         resumed: is given where the run stood that is about to go on, and may refuse it.
@@ -138,13 +139,14 @@ class Loop(Generic[B]):
         optimizers: Sequence[torch.optim.Optimizer],
         plan: Plan,
         *,
+        also: Callable[[int], Tensor] | None = None,
         directory: Path | None = None,
         evaluate: Callable[[], Mapping[str, float]] | None = None,
         resumed: Callable[[State], None] | None = None,
         progress: Progress | None = None,
     ) -> None:
         self._loss, self._batches, self._optimizers, self._plan = loss, batches, optimizers, plan
-        self._model = model
+        self._model, self._also = model, also
         self._trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self._directory, self._evaluate, self._resumed = directory, evaluate, resumed
         self._progress: Progress = progress or Silent()
@@ -187,9 +189,10 @@ class Loop(Generic[B]):
             loss = self._loss(part)
             (loss / weight).backward()  # type: ignore[no-untyped-call]
             total += loss.item()
+        added = self._add(step)
         norm = self._update(step)
         seconds = time.perf_counter() - began
-        self._record(step, total / weight, norm)
+        self._record({"step": step, "loss": total / weight, "gradient_norm": norm} | added)
         speed = f"{sum(part.tokens for part in parts) / seconds:,.0f}"
         self._progress.advance(1, loss=f"{total / weight:.3f}", tokens_per_second=speed)
         self.state.step, self.state.rate = step + 1, self._plan.schedule(step)
@@ -223,10 +226,18 @@ class Loop(Generic[B]):
                 "lower the learning rate, or look at the rows of this step",
             )
 
-    def _record(self, step: int, loss: float, norm: float) -> None:
-        self.state.train_sum += loss
+    def _add(self, step: int) -> dict[str, float]:
+        """What the step's loss gets besides, for the log."""
+        if self._also is None:
+            return {}
+        loss = self._also(step)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return {"added": loss.item()}
+
+    def _record(self, line: dict[str, float]) -> None:
+        self.state.train_sum += line["loss"]
         self.state.train_steps += 1
-        self._log.append(json.dumps({"step": step, "loss": loss, "gradient_norm": norm}))
+        self._log.append(json.dumps(line))
 
     def _maybe_evaluate(self) -> None:
         every, state = self._plan.evaluate_every, self.state

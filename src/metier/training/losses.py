@@ -1,37 +1,86 @@
-"""Losses as pure functions. Every loss is a *sum*; the loop divides by the weight of the step."""
+"""Losses as pure functions. Every loss is a *sum*; the loop divides by the weight of the step.
+
+A criterion says what logits should be, and gives its gradient with its value. So no logits are
+ever kept: those of a head are made a few hundred tokens at a time.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+Criterion = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
+"""Logits, shape (tokens, vocabulary), and which of all tokens these are, to the sum of their losses
+and its gradient by the logits, in whose memory it may lie."""
+
 _ROWS = 512
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Sum of next-token cross-entropies through an output head, without ever holding all logits.
+def next_tokens(targets: Tensor) -> Criterion:
+    """Cross-entropy, in nats, with the tokens that follow; targets has shape (tokens,)."""
 
-    The gradient is made in the forward pass, a few hundred rows at a time, so that logits stay in
-    the processor's cache and nothing is computed twice.
+    def criterion(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        wanted = targets[rows, None]
+        normaliser = torch.logsumexp(logits, dim=-1, keepdim=True)
+        loss = (normaliser - logits.gather(1, wanted)).sum()
+        gradient = logits.sub_(normaliser).exp_()
+        return loss, gradient.scatter_add_(1, wanted, -torch.ones_like(normaliser))
+
+    return criterion
+
+
+def other_opinion(tokens: Tensor, weights: Tensor, logprobs: Tensor) -> Criterion:
+    """Kullback-Leibler divergence, in nats, from another model's opinion of the next token.
 
     Args:
-        hidden: shape (rows, hidden), the positions that are trained and no others.
-        weight: output head, shape (vocabulary, hidden).
-        targets: next tokens, shape (rows,).
-
-    Returns:
-        the sum over rows, in nats, float32 (float64 for float64 input).
+        tokens: which next tokens are looked at, shape (tokens, some).
+        weights: how much each counts, the same shape; they add up to one. Where all tokens are
+            looked at with the other model's probabilities, the divergence is exact.
+        logprobs: what the other model holds of each, the same shape.
 
     """
-    return _LinearCrossEntropy.apply(hidden, weight, targets)  # type: ignore[no-any-return,no-untyped-call]
+
+    def criterion(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        looked, share = tokens[rows], weights[rows].to(logits.dtype)
+        normaliser = torch.logsumexp(logits, dim=-1, keepdim=True)
+        ours = logits.gather(1, looked) - normaliser
+        loss = (share * (logprobs[rows].to(logits.dtype) - ours)).sum()
+        gradient = logits.sub_(normaliser).exp_()
+        return loss, gradient.scatter_add_(1, looked, -share)
+
+    return criterion
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
+def of_head(hidden: Tensor, weight: Tensor, criterion: Criterion) -> Tensor:
+    """Sum of a criterion over the logits of an output head, without ever holding all of them.
+
+    The gradient is made in the forward pass, a few hundred tokens at a time, so that logits stay
+    in the processor's cache and nothing is computed twice.
+
+    Args:
+        hidden: shape (tokens, hidden), those that are looked at and no others.
+        weight: output head, shape (vocabulary, hidden).
+        criterion: of the same tokens.
+
+    Returns:
+        the sum over tokens, float32 (float64 for float64 input).
+
+    """
+    return _OfHead.apply(hidden, weight, criterion)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def of_logits(logits: Tensor, criterion: Criterion) -> Tensor:
+    """The same of logits that are there, shape (tokens, vocabulary)."""
+    return _OfLogits.apply(logits, criterion)  # type: ignore[no-any-return,no-untyped-call]
+
+
+class _OfHead(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, criterion: Criterion) -> Tensor:
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         head = weight.to(hidden.dtype)
         train_head = ctx.needs_input_grad[1]
@@ -40,7 +89,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=wide, device=hidden.device)
         for start in range(0, len(hidden), _ROWS):
             rows = slice(start, start + _ROWS)
-            loss, grad = _cross_entropy(F.linear(hidden[rows], head).to(wide), targets[rows])
+            loss, grad = criterion(F.linear(hidden[rows], head).to(wide), rows)
             grad = grad.to(hidden.dtype)
             total += loss
             grad_hidden[rows] = grad @ head
@@ -58,11 +107,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_hidden * scale.to(grad_hidden.dtype), for_head, None
 
 
-def _cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of -log softmax at the targets, and its gradient by the logits (in place of them)."""
-    picked = logits.gather(1, targets[:, None]).squeeze(1)
-    normaliser = torch.logsumexp(logits, dim=-1)
-    loss = (normaliser - picked).sum()
-    gradient = logits.sub_(normaliser[:, None]).exp_()
-    gradient[torch.arange(len(targets), device=targets.device), targets] -= 1
-    return loss, gradient
+class _OfLogits(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, criterion: Criterion) -> Tensor:
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        loss, gradient = criterion(logits.to(wide, copy=True), slice(0, len(logits)))
+        ctx.save_for_backward(gradient.to(logits.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Any) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream[0].to(gradient.dtype), None

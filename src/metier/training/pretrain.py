@@ -30,7 +30,7 @@ from metier.text import bpe
 from metier.training.forward import forward_of
 from metier.training.held_out import HeldOut, bits_per_byte, spaced_windows, token_bytes
 from metier.training.loop import Loop, Plan, State, trapezoid
-from metier.training.losses import linear_cross_entropy
+from metier.training.losses import next_tokens, of_head
 from metier.training.mixture import Mixture, Window
 from metier.training.optimizers import muon_and_adam
 
@@ -388,7 +388,7 @@ def _next_token_loss(
         ids = window.ids.to(device)
         rows, length = ids.shape
         hidden = forward(ids[:, :-1].flatten(), [length - 1] * rows).to(dtype)
-        return linear_cross_entropy(hidden, head, ids[:, 1:].flatten())
+        return of_head(hidden, head, next_tokens(ids[:, 1:].flatten()))
 
     return loss
 

@@ -1,0 +1,172 @@
+"""Rehearsal against forgetting: a model goes on saying what its base says.
+
+Before it is tuned, the base writes some text of its own, and its opinion of what follows each token
+of it is kept. Each step of the training then also pulls the model towards that, by the divergence
+between the two: learning without forgetting (Li and Hoiem 2016, arXiv 1606.09282) on text that the
+model wrote itself (pseudo-rehearsal, Robins 1995, doi 10.1080/09540099550039318). Nothing that
+forgetting is measured on is looked at.
+
+Of an opinion, the likeliest tokens are kept and some of the others, drawn, which stand for all of
+them: so the divergence is right on average, as it is not where the others are left out (Anshumann
+et al. 2025, arXiv 2503.16870).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from metier.model.backbone import context_of, inner
+from metier.model.decoder import Decoder, evaluating
+from metier.training.losses import other_opinion
+from metier.training.scoring import scorer
+
+if TYPE_CHECKING:
+    from metier.model.load import Base
+
+TEXTS, LENGTH = 256, 128
+"""Texts that a base writes, and tokens of each at most, the first included."""
+STEP_TEXTS = 2
+"""Texts that are looked at in every step."""
+
+_SIDE_BY_SIDE = 128
+_LIKELY, _DRAWN = 64, 64
+# The least probability, so that there is something to draw where the likely ones hold all.
+_LEAST = 1e-30
+_FILE = "rehearsal.safetensors"
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """Texts of a base's own, and its opinion of what follows each of their tokens.
+
+    Attributes:
+        ids: of the texts one behind the other, but for the last token of each, shape (tokens,).
+        lengths: of the texts, as many as are in `ids`.
+        following: tokens that may follow, shape (tokens, some).
+        weights: how much of its opinion each stands for, the same shape.
+        logprobs: by the base, the same shape.
+
+    """
+
+    ids: Tensor
+    lengths: tuple[int, ...]
+    following: Tensor
+    weights: Tensor
+    logprobs: Tensor
+
+    def save(self, directory: Path) -> None:
+        """Write it into a directory."""
+        lengths = torch.tensor(self.lengths)
+        safetensors.torch.save_file(vars(self) | {"lengths": lengths}, directory / _FILE)
+
+    @classmethod
+    def load(cls, directory: Path) -> Rehearsal:
+        """Read it from a directory."""
+        found = safetensors.torch.load_file(directory / _FILE)
+        lengths = tuple(found.pop("lengths").tolist())
+        return cls(lengths=lengths, **found)
+
+    def part(self, places: list[int]) -> Rehearsal:
+        """The texts at some places, longest first."""
+        places = sorted(places, key=lambda place: -self.lengths[place])
+        ends = torch.tensor(self.lengths).cumsum(0).tolist()
+        tokens = torch.cat([torch.arange(ends[p] - self.lengths[p], ends[p]) for p in places])
+        lengths = tuple(self.lengths[place] for place in places)
+        return Rehearsal(
+            self.ids[tokens],
+            lengths,
+            self.following[tokens],
+            self.weights[tokens],
+            self.logprobs[tokens],
+        )
+
+
+def write(base: Base, seed: int = 0) -> Rehearsal:
+    """Let a base write texts of its own, drawn by its own probabilities."""
+    draw = torch.Generator().manual_seed(seed)
+    texts: list[list[int]] = []
+    while len(texts) < TEXTS:
+        texts += _write(base, min(_SIDE_BY_SIDE, TEXTS - len(texts)), draw)
+    opinions = (_opinion(base.model, text[:-1], draw) for text in texts)
+    following, weights, logprobs = zip(*opinions, strict=True)
+    return Rehearsal(
+        ids=torch.tensor([token for text in texts for token in text[:-1]]),
+        lengths=tuple(len(text) - 1 for text in texts),
+        following=torch.cat(following),
+        weights=torch.cat(weights),
+        logprobs=torch.cat(logprobs),
+    )
+
+
+def loss(
+    model: Any, rehearsal: Rehearsal, seed: int, weight: float = 1.0
+) -> Callable[[int], Tensor]:
+    """Mean divergence per token, in nats, over the texts of a step.
+
+    Args:
+        model: in training.
+        rehearsal: of its base.
+        weight: factor on it.
+        seed: which texts a step looks at depends on it and on the step alone.
+
+    """
+    score = scorer(model)
+
+    def mean(step: int) -> Tensor:
+        draw = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        order = torch.randperm(len(rehearsal.lengths), generator=draw)
+        part = rehearsal.part(order[:STEP_TEXTS].tolist())
+        ids, *opinion = (
+            tensor.to(model.device)
+            for tensor in (part.ids, part.following, part.weights, part.logprobs)
+        )
+        every = torch.ones_like(ids, dtype=torch.bool)
+        total: Tensor = score(ids, part.lengths, every, other_opinion(*opinion))
+        return weight * total / len(ids)
+
+    return mean
+
+
+def _write(base: Base, count: int, draw: torch.Generator) -> list[list[int]]:
+    """Texts from their beginning to their end, or to the longest that is wanted."""
+    tokenizer, device = base.tokenizer, base.model.device
+    first = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+    length = min(LENGTH, context_of(base.model) or LENGTH)
+    decoder = Decoder(base.model, [[first]] * count, tokenizer.pad_id)
+    tokens = [torch.full((count,), first)]
+    for place in range(1, length):
+        # The inverse of the distribution; torch.multinomial takes six times as long.
+        summed = decoder.logits.float().softmax(-1).cpu().cumsum(-1)
+        aim = torch.rand((count, 1), generator=draw) * summed[:, -1:]
+        tokens.append(torch.searchsorted(summed, aim).squeeze(1))
+        if place + 1 < length:
+            decoder.push(tokens[-1].to(device))
+    return [_to_end(text, tokenizer.eos_id) for text in torch.stack(tokens, dim=1).tolist()]
+
+
+def _to_end(text: list[int], eos_id: int) -> list[int]:
+    ends = [place for place, token in enumerate(text) if token == eos_id and place > 0]
+    return text[: ends[0] + 1] if ends else text
+
+
+def _opinion(model: Any, ids: list[int], draw: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens that may follow each token of a text, their weights and their log-probabilities."""
+    with evaluating(model):
+        output = inner(model)(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
+        logprobs = torch.log_softmax(output.logits[0].float(), dim=-1).cpu()
+        likely = logprobs.topk(min(_LIKELY, logprobs.shape[1] - 1))
+        others = logprobs.exp().clamp_min(_LEAST).scatter(1, likely.indices, 0)
+        drawn = torch.multinomial(others, _DRAWN, replacement=True, generator=draw)
+        rest = others.sum(1, keepdim=True).expand(-1, _DRAWN) / _DRAWN
+    return (
+        torch.cat([likely.indices, drawn], dim=1),
+        torch.cat([likely.values.exp(), rest], dim=1),
+        torch.cat([likely.values, logprobs.gather(1, drawn)], dim=1),
+    )
