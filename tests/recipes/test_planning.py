@@ -157,8 +157,8 @@ def test_what_is_rehearsed_is_written_once_and_read_in_every_step(
     training = bench.task.training.model_copy(update={"rehearsal": 1.0})
     more = replace(bench, task=bench.task.model_copy(update={"training": training}))
     extra = {arm: value - before[arm] for arm, value in seconds(more).items()}
-    read = 2 * 2 * math.ceil(len(bench.parts.train) / 16) * 2 * 128  # seeds, passes, steps, texts
-    written = 256 * 128 / BASE.write
+    read = 2 * 2 * math.ceil(len(bench.parts.train) / 16) * 2 * 64  # seeds, passes, steps, texts
+    written = 512 * 64 / BASE.write
     assert extra["lora"] == pytest.approx(read / LORA.train + written)
     assert extra["full"] == pytest.approx(read / FULL.train)
     assert extra == pytest.approx(dict.fromkeys(ARMS, 0.0) | {k: extra[k] for k in ("lora", "full")})  # fmt: skip  # noqa: E501

@@ -30,12 +30,12 @@ from metier.training.scoring import scorer
 if TYPE_CHECKING:
     from metier.model.load import Base
 
-TEXTS, LENGTH = 256, 128
+TEXTS, LENGTH = 512, 64
 """Texts that a base writes, and tokens of each at most, the first included."""
 STEP_TEXTS = 2
 """Texts that are looked at in every step."""
 
-_SIDE_BY_SIDE = 128
+_SIDE_BY_SIDE = 256
 _LIKELY, _DRAWN = 64, 64
 # The least probability, so that there is something to draw where the likely ones hold all.
 _LEAST = 1e-30
