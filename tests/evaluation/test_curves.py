@@ -65,7 +65,7 @@ def test_lines_pass_through_the_recorded_losses(kind):
             assert y == pytest.approx(wanted_y, abs=0.01)
 
 
-def test_the_lowest_validation_loss_of_each_seed_carries_its_own_shape():
+def test_what_was_kept_of_each_seed_carries_its_own_shape():
     drawn = [curve(seed) for seed in range(3)]
     picture = panel(*drawn)
     step, loss = scales(picture)
@@ -76,6 +76,15 @@ def test_the_lowest_validation_loss_of_each_seed_carries_its_own_shape():
         best = min(points, key=lambda point: point.validation_loss)
         assert step(float(x)) == pytest.approx(best.step, abs=3)
         assert loss(float(y)) == pytest.approx(best.validation_loss, abs=0.01)
+
+
+def test_fewer_mistakes_count_more_than_a_lower_loss():
+    mistakes = [0.5, 0.2, 0.3]
+    points = [
+        CurvePoint(step=i, train_loss=1.0, validation_loss=3.0 - i, validation_mistakes=share)
+        for i, share in enumerate(mistakes)
+    ]
+    assert "kept at step 1, validation loss 2.000" in panel(points).one("desc").inside[0]
 
 
 def test_a_missing_value_breaks_the_line_instead_of_bridging_it():

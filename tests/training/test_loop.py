@@ -225,6 +225,23 @@ def test_early_stopping_keeps_the_best_parameters(tmp_path: Path) -> None:
     assert [point["validation_loss"] for point in state.curve] == [3.0, 1.0, 2.0, 2.0]
 
 
+def test_the_fewest_mistakes_choose_before_the_lowest_loss(tmp_path: Path) -> None:
+    figures = [(3.0, 0.5), (1.0, 0.4), (2.0, 0.3), (1.5, 0.3), (math.nan, 0.0), (1.2, 0.4)]
+    told = iter(figures)
+    snapshots: list[Tensor] = []
+
+    def evaluate() -> dict[str, float]:
+        snapshots.append(weights(model))
+        loss, mistakes = next(told)
+        return {"loss": loss, "validation_mistakes": mistakes}
+
+    model, loop = make(Stream(), directory=tmp_path, evaluate=evaluate)
+    state = loop.run()
+    assert (state.best_step, state.best_loss, state.best_mistakes) == (20, 1.5, 0.3)
+    assert torch.equal(weights(model), snapshots[3])
+    assert [point["validation_mistakes"] for point in state.curve] == [m for _, m in figures]
+
+
 def test_a_checkpoint_of_other_parameters_is_refused(tmp_path: Path) -> None:
     _, loop = make(Stream(), directory=tmp_path, steps=2)
     loop.run()

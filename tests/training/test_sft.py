@@ -17,7 +17,7 @@ from metier.training.batches import Batch, Row, cut
 from metier.training.classify import head_loss, label_rows
 from metier.training.loop import State
 from metier.training.preflight import prepare
-from metier.training.sft import answer_loss, default_learning_rate, fit
+from metier.training.sft import answer_judge, answer_loss, default_learning_rate, fit
 
 NAMES = ("Lily", "Tom", "Ben", "Mia")
 ANSWERS = {"dog": "animal", "cake": "food", "park": "place"}
@@ -89,6 +89,42 @@ def test_the_loss_is_cross_entropy_on_the_answer_alone(stories260k: Path) -> Non
     loss = answer_loss(base.model)
     found = sum(loss(batch).item() for batch in cut(rows, 64))
     assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_judge_counts_the_tokens_that_would_be_written_wrong(stories260k: Path) -> None:
+    """Oracle: the likeliest token at each place of an answer, by the model's own forward pass."""
+    base, renderer = load(stories260k)
+    rows = rows_of(renderer, Training())
+    wrong = 0
+    for row in rows:
+        with torch.no_grad():
+            likeliest = base.model(input_ids=torch.tensor([row.ids])).logits[0].argmax(-1)
+        wrong += sum(
+            row.trained[place] and likeliest[place - 1].item() != row.ids[place]
+            for place in range(1, len(row.ids))
+        )
+    model = base.model.double()
+    judged = [answer_judge(model)(batch) for batch in cut(rows, 64)]
+    assert sum(mistakes for _, mistakes in judged) == wrong > 0
+    expected = sum(answer_loss(model)(batch).item() for batch in cut(rows, 64))
+    assert sum(loss for loss, _ in judged) == pytest.approx(expected)
+
+
+def test_the_judge_decides_which_parameters_are_kept() -> None:
+    """Three passes; the second makes the fewest mistakes, the third has the lowest loss."""
+    model = torch.nn.Linear(1, 1)
+    judged = iter([(3.0, 2.0), (2.0, 0.0), (1.0, 1.0)])
+    state = fit(
+        model,
+        lambda _: model(torch.ones(1)).sum() ** 2,
+        [Row((1, 2, 3), (False, True, True))],
+        [Row((1, 2, 3), (False, True, True))],
+        Training(epochs=3, patience=0),
+        learning_rate=1e-3,
+        seed=0,
+        judge=lambda _: next(judged),
+    )
+    assert (state.best_step, state.best_loss, state.best_mistakes) == (2, 1.0, 0.0)
 
 
 @pytest.mark.parametrize("scaled", ["Granite", "Gemma2"])

@@ -22,7 +22,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 310, 10, 156
 def curves_panel(arm: str, curves: Sequence[Sequence[CurvePoint]], seeds: Sequence[str]) -> Markup:
     """Training (dashed) and validation (solid) loss over steps, one pair of lines per seed.
 
-    The lowest validation loss of each seed carries the seed's own shape.
+    The evaluation of each seed whose parameters were kept carries the seed's own shape.
     """
     points = [point for curve in curves for point in curve]
     steps = fitted_axis([0.0, *(float(p.step) for p in points)], most_ticks=5)
@@ -34,7 +34,7 @@ def curves_panel(arm: str, curves: Sequence[Sequence[CurvePoint]], seeds: Sequen
     for index, curve in enumerate(curves):
         add(svg, "path", d=_line(curve, "train_loss", steps, losses), class_="train")
         add(svg, "path", d=_line(curve, "validation_loss", steps, losses), class_="validation")
-        best = _lowest(curve)
+        best = _kept(curve)
         if best:
             x, y = _place(best.step, best.validation_loss, steps, losses)
             svg.append(_mark(index, x, y))
@@ -57,15 +57,18 @@ def seed_mark(index: int) -> Markup:
 
 
 def _described(seed: str, curve: Sequence[CurvePoint]) -> str:
-    best = _lowest(curve)
+    best = _kept(curve)
     if best is None:
         return f"{seed}: no evaluation"
-    return f"{seed}: lowest validation loss {best.validation_loss:.3f} at step {best.step}"
+    return f"{seed}: kept at step {best.step}, validation loss {best.validation_loss:.3f}"
 
 
-def _lowest(curve: Sequence[CurvePoint]) -> CurvePoint | None:
+def _kept(curve: Sequence[CurvePoint]) -> CurvePoint | None:
+    """The fewest mistakes, of those the lowest loss."""
     finite = [point for point in curve if math.isfinite(point.validation_loss)]
-    return min(finite, key=lambda point: point.validation_loss, default=None)
+    return min(
+        finite, key=lambda p: (p.validation_mistakes or 0.0, p.validation_loss), default=None
+    )
 
 
 def _panel_axes(svg: Element, steps: Axis, losses: Axis) -> None:

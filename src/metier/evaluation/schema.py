@@ -29,7 +29,7 @@ class SeedResult(Config):
     test_score: float
     """Mean over the test examples, 0 to 1."""
     validation_loss: float
-    """Nats per trained token, at its lowest."""
+    """Nats per trained token, of the parameters that were kept."""
     steps: int
     """Optimiser steps."""
     seconds: float
@@ -217,6 +217,8 @@ class CurvePoint(Config):
     step: int
     train_loss: float
     validation_loss: float
+    validation_mistakes: float | None = None
+    """Share of the validation answers' tokens that would be written wrong; a head writes none."""
 
 
 class ArmDetails(Config):

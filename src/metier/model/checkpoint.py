@@ -27,7 +27,7 @@ class Checkpoint:
         tensors: trained parameters by name.
         optimizers: one state dict of tensors and numbers per optimiser, by parameter index.
         state: plain values (step, best loss, ...).
-        best: the parameters at the best validation loss, or empty.
+        best: the parameters that were best on the validation part, or empty.
 
     """
 

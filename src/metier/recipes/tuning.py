@@ -155,6 +155,7 @@ def _fit(
     train, held = (p.rows for p in rows)
     if rehearsed:
         settings["also"] = rehearsal.loss(model, rehearsed, seed, training.rehearsal)
+    settings["judge"] = sft.answer_judge(model)
     loss = sft.answer_loss(model)
     return sft.fit(model, loss, train, held, training, directory=scratch, **settings)
 

@@ -66,7 +66,7 @@ class Plan:
     evaluate_every: int = 0
     """Steps between evaluations; 0: only at the end."""
     patience: int = 0
-    """Stop after this many evaluations without a better loss; 0: never."""
+    """Stop after this many evaluations that are not better; 0: never."""
     checkpoint_seconds: float = 60.0
 
 
@@ -76,6 +76,8 @@ class State:
 
     step: int = 0
     best_loss: float = math.inf
+    """At the best step."""
+    best_mistakes: float = math.inf
     best_step: int = 0
     waited: int = 0
     skipped: int = 0
@@ -125,7 +127,8 @@ class Loop(Generic[B]):
         plan: how long and how fast.
         also: what a step adds to its mean loss.
         directory: receives checkpoints and ``log.jsonl``; None keeps nothing.
-        evaluate: figures now, ``loss`` among them, which chooses the best parameters.
+        evaluate: figures now, ``loss`` among them, and ``validation_mistakes`` where answers can
+            be counted. The fewest mistakes choose the best parameters, of those the lowest loss.
         resumed: is given where the run stood that is about to go on, and may refuse it.
         progress: is told every step.
 
@@ -251,8 +254,11 @@ class Loop(Generic[B]):
         point = {"step": state.step, "train_loss": mean, "validation_loss": loss}
         state.curve.append(point | figures)
         state.train_sum, state.train_steps = 0.0, 0
-        if loss < state.best_loss:
-            state.best_loss, state.best_step, state.waited = loss, state.step, 0
+        mistakes = figures.get("validation_mistakes", 0.0)
+        better = (mistakes, loss) < (state.best_mistakes, state.best_loss)
+        if better and math.isfinite(loss):
+            state.best_mistakes, state.best_loss = mistakes, loss
+            state.best_step, state.waited = state.step, 0
             self._best = {n: p.detach().clone() for n, p in self._trained.items()}
         else:
             state.waited += 1

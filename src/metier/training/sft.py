@@ -1,7 +1,8 @@
 """Supervised fine-tuning: learn the answers, full or with an adapter.
 
 The loss is next-token cross-entropy on the answer and its stop token only. The model is trained
-in place and keeps the parameters of its best validation loss. With
+in place and keeps the parameters that wrote the fewest tokens of the validation answers wrong: its
+loss there rises again while it still learns, as it grows too sure of itself (`docs/log.md`). With
 `classify.head_loss` the same loop trains a classification head.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +31,9 @@ if TYPE_CHECKING:
 
     Model = PreTrainedModel | PeftModel
 
+Judge = Callable[[Batch], tuple[float, float]]
+"""Sum of the losses over a batch's trained tokens, and how many of them would be written wrong."""
+
 MICRO_TOKENS = 2048
 """Tokens that are trained on at once."""
 
@@ -48,6 +53,7 @@ def fit(
     *,
     learning_rate: float,
     seed: int,
+    judge: Judge | None = None,
     also: Callable[[int], Tensor] | None = None,
     directory: Path | None = None,
     progress: Progress | None = None,
@@ -62,6 +68,7 @@ def fit(
         training: epochs, batch size, schedule, patience.
         learning_rate: peak.
         seed: of the order and of dropout.
+        judge: of the validation part; without one, the lowest loss chooses the parameters.
         also: what every step adds to its mean loss, such as a `rehearsal.loss`.
         directory: receives checkpoints and the log; an interrupted run goes on from there.
         progress: is told every step.
@@ -75,11 +82,6 @@ def fit(
     """
     batches = row_batches(train, training, seed=seed)
     held_out = cut(validation, MICRO_TOKENS)
-    weight = sum(part.weight for part in held_out)
-
-    def evaluate() -> dict[str, float]:
-        return {"loss": sum(loss(part).item() for part in held_out) / weight}
-
     loop = Loop(
         model,
         loss,
@@ -88,7 +90,7 @@ def fit(
         _plan(batches.steps_per_epoch, training, seed),
         also=also,
         directory=directory,
-        evaluate=evaluate if held_out else None,
+        evaluate=_evaluation(held_out, loss, judge) if held_out else None,
         progress=progress or Silent(),
     )
     state = loop.run()
@@ -99,6 +101,22 @@ def fit(
             "lower training.learning_rate, or look whether the base gives numbers at all",
         )
     return state
+
+
+def _evaluation(
+    held_out: Sequence[Batch], loss: Callable[[Batch], Tensor], judge: Judge | None
+) -> Callable[[], dict[str, float]]:
+    """Means over the trained tokens of the validation part."""
+    weight = sum(part.weight for part in held_out)
+
+    def losses() -> dict[str, float]:
+        return {"loss": sum(loss(part).item() for part in held_out) / weight}
+
+    def losses_and_mistakes(judge: Judge) -> dict[str, float]:
+        found, mistakes = zip(*(judge(part) for part in held_out), strict=True)
+        return {"loss": sum(found) / weight, "validation_mistakes": sum(mistakes) / weight}
+
+    return partial(losses_and_mistakes, judge) if judge else losses
 
 
 def default_learning_rate(model: Model, *, full: bool) -> float:
@@ -135,6 +153,27 @@ def answer_loss(model: Model) -> Callable[[Batch], Tensor]:
         return score(batch.ids, batch.lengths, trained, next_tokens(batch.targets[trained]))
 
     return loss
+
+
+def answer_judge(model: Model) -> Judge:
+    """Of what a batch is to learn: sum of cross-entropies, and tokens it would write wrong."""
+    score = scorer(model)
+
+    def judge(batch: Batch) -> tuple[float, float]:
+        batch, mistakes = batch.to(model.device), 0
+        trained = batch.targets >= 0
+        targets = batch.targets[trained]
+        cross_entropy = next_tokens(targets)
+
+        def counted(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+            nonlocal mistakes
+            mistakes += int((logits.argmax(-1) != targets[rows]).sum())
+            return cross_entropy(logits, rows)
+
+        loss = score(batch.ids, batch.lengths, trained, counted).item()
+        return loss, mistakes
+
+    return judge
 
 
 def _adamw(model: torch.nn.Module, rate: float, weight_decay: float) -> torch.optim.Optimizer:
