@@ -57,7 +57,7 @@ def test_every_step_of_a_text_arm_rehearses(
         read_task(write_task(tmp_path, stories260k, training=training)), tmp_path
     )
     nothing = torch.zeros(0, dtype=torch.long)
-    held = rehearsal.Rehearsal(nothing, (), nothing, nothing, nothing)
+    held = rehearsal.Rehearsal(nothing, (), nothing, nothing)
     for name in ("lora", "full"):
         out = tmp_path / name
         out.mkdir()

@@ -16,7 +16,6 @@ from metier.model.load import Base, load_base
 from metier.task import Lora, Training
 from metier.text.template import Renderer
 from metier.training import rehearsal
-from metier.training.losses import other_opinion
 from metier.training.rehearsal import Rehearsal
 from metier.training.sft import answer_loss, fit
 from tests.training.test_sft import rows_of
@@ -79,13 +78,11 @@ def test_an_opinion_is_the_bases_own(base: Base, written: Rehearsal) -> None:
     rows = slice(start, start + len(ids))
     with torch.no_grad():
         logprobs = torch.log_softmax(base.model(torch.tensor([ids])).logits[0], -1)
-    expected = logprobs.gather(1, written.following[rows])
+    expected = logprobs.gather(1, written.following[rows].long())
     assert torch.allclose(written.logprobs[rows], expected, atol=1e-3)
     likely = slice(0, rehearsal._LIKELY)
     best = logprobs.topk(rehearsal._LIKELY).values
     assert torch.allclose(written.logprobs[rows, likely], best, atol=1e-3)
-    assert torch.allclose(written.weights[rows, likely], best.exp(), atol=1e-3)
-    assert torch.allclose(written.weights[rows].sum(1), torch.ones(len(ids)), atol=1e-4)
     drawn = written.logprobs[rows, rehearsal._LIKELY :]
     assert (drawn <= best[:, -1:] + 1e-3).all(), "is none of the likeliest"
 
@@ -101,16 +98,15 @@ def test_what_is_drawn_stands_for_all_others_on_average() -> None:
         theirs, ours = (m(torch.tensor([ids])).logits[0].log_softmax(-1) for m in models)
     whole = F.kl_div(ours, theirs, reduction="sum", log_target=True).item()
     draw = torch.Generator().manual_seed(0)
-    found, partial = [], []
+    found = []
     for _ in range(200):
-        opinion = rehearsal._opinion(models[0], ids, draw)
-        logits = ours.clone()
-        found.append(other_opinion(*opinion)(logits, slice(0, 3))[0].item())
-        likely = [part[:, : rehearsal._LIKELY] for part in opinion]
-        partial.append(other_opinion(*likely)(ours.clone(), slice(0, 3))[0].item())
+        held = Rehearsal(torch.tensor(ids), (3,), *rehearsal._opinion(models[0], ids, draw))
+        found.append(held.opinion()(ours.clone(), slice(0, 3))[0].item())
+    likely = theirs.topk(rehearsal._LIKELY)
+    told = (likely.values.exp() * (likely.values - ours.gather(1, likely.indices))).sum().item()
     error = torch.tensor(found).std().item() / 200**0.5
     assert sum(found) / 200 == pytest.approx(whole, abs=4 * error)
-    assert abs(partial[0] - whole) > 4 * error, "control: the likely ones alone are not enough"
+    assert abs(told - whole) > 4 * error, "control: the likely ones alone are not enough"
 
 
 def test_it_is_the_same_again_and_from_its_file(
@@ -121,7 +117,7 @@ def test_it_is_the_same_again_and_from_its_file(
         assert other.lengths == written.lengths
         assert all(
             torch.equal(getattr(other, name), getattr(written, name))
-            for name in ("ids", "following", "weights", "logprobs")
+            for name in ("ids", "following", "logprobs")
         )
     assert rehearsal.write(base, seed=1).ids.tolist() != written.ids.tolist()
 
@@ -132,9 +128,9 @@ def test_a_part_holds_its_texts_longest_first(written: Rehearsal) -> None:
     assert texts(part) == [texts(written)[0], texts(written)[short]]
     starts = [sum(written.lengths[:place]) for place in (0, short)]
     expected = torch.cat(
-        [written.weights[s : s + n] for s, n in zip(starts, part.lengths, strict=True)]
+        [written.logprobs[s : s + n] for s, n in zip(starts, part.lengths, strict=True)]
     )
-    assert torch.equal(part.weights, expected)
+    assert torch.equal(part.logprobs, expected)
 
 
 def test_the_loss_is_the_mean_divergence_of_the_steps_texts(

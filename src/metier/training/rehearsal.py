@@ -24,7 +24,7 @@ from torch import Tensor
 
 from metier.model.backbone import context_of, inner
 from metier.model.decoder import Decoder, evaluating
-from metier.training.losses import other_opinion
+from metier.training.losses import Criterion, other_opinion
 from metier.training.scoring import scorer
 
 if TYPE_CHECKING:
@@ -49,8 +49,8 @@ class Rehearsal:
     Attributes:
         ids: of the texts one behind the other, but for the last token of each, shape (tokens,).
         lengths: of the texts, as many as are in `ids`.
-        following: tokens that may follow, shape (tokens, some).
-        weights: how much of its opinion each stands for, the same shape.
+        following: tokens that may follow, the likeliest and then those drawn from the others, in
+            32 bits, shape (tokens, some).
         logprobs: by the base, the same shape.
 
     """
@@ -58,7 +58,6 @@ class Rehearsal:
     ids: Tensor
     lengths: tuple[int, ...]
     following: Tensor
-    weights: Tensor
     logprobs: Tensor
 
     def save(self, directory: Path) -> None:
@@ -73,6 +72,12 @@ class Rehearsal:
         lengths = tuple(found.pop("lengths").tolist())
         return cls(lengths=lengths, **found)
 
+    def to(self, device: torch.device) -> Rehearsal:
+        """The same on a device."""
+        moved = (tensor.to(device) for tensor in (self.ids, self.following, self.logprobs))
+        ids, following, logprobs = moved
+        return Rehearsal(ids, self.lengths, following, logprobs)
+
     def part(self, places: list[int]) -> Rehearsal:
         """The texts at some places, longest first."""
         places = sorted(places, key=lambda place: -self.lengths[place])
@@ -83,9 +88,15 @@ class Rehearsal:
             self.ids[tokens],
             lengths,
             self.following[tokens],
-            self.weights[tokens],
             self.logprobs[tokens],
         )
+
+    def opinion(self) -> Criterion:
+        """How far a model is from the base's opinion: a likely token counts as likely as it is."""
+        likely = self.logprobs[:, :-_DRAWN].exp()
+        rest = (1 - likely.sum(1, keepdim=True)).clamp_min(0) / _DRAWN
+        weights = torch.cat([likely, rest.expand(-1, _DRAWN)], dim=1)
+        return other_opinion(self.following.long(), weights, self.logprobs)
 
 
 def write(base: Base, seed: int = 0) -> Rehearsal:
@@ -95,12 +106,11 @@ def write(base: Base, seed: int = 0) -> Rehearsal:
     while len(texts) < TEXTS:
         texts += _write(base, min(_SIDE_BY_SIDE, TEXTS - len(texts)), draw)
     opinions = (_opinion(base.model, text[:-1], draw) for text in texts)
-    following, weights, logprobs = zip(*opinions, strict=True)
+    following, logprobs = zip(*opinions, strict=True)
     return Rehearsal(
         ids=torch.tensor([token for text in texts for token in text[:-1]]),
         lengths=tuple(len(text) - 1 for text in texts),
         following=torch.cat(following),
-        weights=torch.cat(weights),
         logprobs=torch.cat(logprobs),
     )
 
@@ -122,14 +132,10 @@ def loss(
     def mean(step: int) -> Tensor:
         draw = torch.Generator().manual_seed(seed * 1_000_003 + step)
         order = torch.randperm(len(rehearsal.lengths), generator=draw)
-        part = rehearsal.part(order[:STEP_TEXTS].tolist())
-        ids, *opinion = (
-            tensor.to(model.device)
-            for tensor in (part.ids, part.following, part.weights, part.logprobs)
-        )
-        every = torch.ones_like(ids, dtype=torch.bool)
-        total: Tensor = score(ids, part.lengths, every, other_opinion(*opinion))
-        return weight * total / len(ids)
+        part = rehearsal.part(order[:STEP_TEXTS].tolist()).to(model.device)
+        every = torch.ones_like(part.ids, dtype=torch.bool)
+        total: Tensor = score(part.ids, part.lengths, every, part.opinion())
+        return weight * total / len(part.ids)
 
     return mean
 
@@ -156,17 +162,15 @@ def _to_end(text: list[int], eos_id: int) -> list[int]:
     return text[: ends[0] + 1] if ends else text
 
 
-def _opinion(model: Any, ids: list[int], draw: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens that may follow each token of a text, their weights and their log-probabilities."""
+def _opinion(model: Any, ids: list[int], draw: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Tokens that may follow each token of a text, and their log-probabilities."""
     with evaluating(model):
         output = inner(model)(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
         logprobs = torch.log_softmax(output.logits[0].float(), dim=-1).cpu()
         likely = logprobs.topk(min(_LIKELY, logprobs.shape[1] - 1))
         others = logprobs.exp().clamp_min(_LEAST).scatter(1, likely.indices, 0)
         drawn = torch.multinomial(others, _DRAWN, replacement=True, generator=draw)
-        rest = others.sum(1, keepdim=True).expand(-1, _DRAWN) / _DRAWN
     return (
-        torch.cat([likely.indices, drawn], dim=1),
-        torch.cat([likely.values.exp(), rest], dim=1),
+        torch.cat([likely.indices, drawn], dim=1).int(),
         torch.cat([likely.values, logprobs.gather(1, drawn)], dim=1),
     )
