@@ -120,7 +120,8 @@ class Training(Config):
     weight_decay: Annotated[float, Field(ge=0, lt=1)] = 0.01
     """Decoupled weight decay."""
     patience: Annotated[int, Field(ge=0)] = 2
-    """Stop after this many evaluations without fewer mistakes on the validation part (0: never)."""
+    """Stop after this many evaluations without fewer mistakes on the validation part, or as few
+    and a lower loss; a head goes by its loss alone (0: never)."""
     max_length: Annotated[int, Field(gt=7)] = 1024
     """Longest example in tokens; a longer one is refused unless `too_long` says otherwise."""
     too_long: Literal["refuse", "drop"] = "refuse"

@@ -80,6 +80,8 @@ class Told(Silent):
         ([[0, 99, 0, 0], [5, 5, 5, 5]], 4),  # a moment's work
         ([[0, 99, 0, 0], [5, 99, 60, 5]], 2),
         ([[99] * 4, [99] * 4], 1),
+        ([[99, 0] * 4, [99, 0] * 4], 2),  # two threads a core, each half taken
+        ([[0, 0], [0, 0]], 2),  # fewer are told than this process may use
     ],
 )
 def test_cores_that_others_keep_busy_are_left_to_them(
@@ -88,7 +90,7 @@ def test_cores_that_others_keep_busy_are_left_to_them(
     before, told, seen = torch.get_num_threads(), Told(), iter(looks)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(device, "_usable_cores", lambda: 4)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4), raising=False)
+    monkeypatch.setattr(psutil, "cpu_count", lambda **_: 4)
     monkeypatch.setattr(psutil, "cpu_percent", lambda *_, **__: next(seen))
     try:
         assert device.set_up_processor(told) == torch.get_num_threads() == threads

@@ -184,9 +184,9 @@ FAMILIES: dict[str, Any] = {
 }
 
 
-def tiny(config: Any) -> Any:
+def tiny(config: Any, seed: int = 0) -> Any:
     """A random model whose next token depends on all it has read."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     for parameter in model.parameters():
         parameter.data += torch.randn_like(parameter) * 0.3

@@ -28,9 +28,9 @@ from tests.recipes.conftest import write_task
 
 BASE = Speed(read=1e4, write=1e3, alone=100, score=1e9, answering=100)
 LORA = Speed(
-    read=5e3, write=500, alone=50, score=1e9, answering=200, train=2e3, training=300
+    read=5e3, write=500, alone=50, score=1e9, answering=200, train=2e3, rehearse=0.03, training=300
 )  # fmt: skip
-FULL = replace(BASE, train=1e3, training=900)
+FULL = replace(BASE, train=1e3, rehearse=0.05, training=900)
 SPEEDS = {"base": BASE, "lora": LORA, "full": FULL}
 ARMS = ["prompt", "prompt/likelihood", "classical", "lora", "lora/head", "full"]
 # The warm-up and fifty requests that show the latency, as they are quick here.
@@ -157,11 +157,23 @@ def test_what_is_rehearsed_is_written_once_and_read_in_every_step(
     training = bench.task.training.model_copy(update={"rehearsal": 1.0})
     more = replace(bench, task=bench.task.model_copy(update={"training": training}))
     extra = {arm: value - before[arm] for arm, value in seconds(more).items()}
-    read = 2 * 2 * math.ceil(len(bench.parts.train) / 16) * 2 * 64  # seeds, passes, steps, texts
+    steps = 2 * 2 * math.ceil(len(bench.parts.train) / 16)  # seeds, passes
     written = 512 * 64 / BASE.write
-    assert extra["lora"] == pytest.approx(read / LORA.train + written)
-    assert extra["full"] == pytest.approx(read / FULL.train)
+    assert extra["lora"] == pytest.approx(steps * LORA.rehearse + written)
+    assert extra["full"] == pytest.approx(steps * FULL.rehearse)
     assert extra == pytest.approx(dict.fromkeys(ARMS, 0.0) | {k: extra[k] for k in ("lora", "full")})  # fmt: skip  # noqa: E501
+
+
+def test_one_training_writes_as_much_as_all(bench: Workbench, measured: dict[str, Speed]) -> None:
+    """What the base writes is the same for one seed and for three."""
+    found = {}
+    for weight in (0.0, 1.0):
+        training = bench.task.training.model_copy(update={"rehearsal": weight})
+        task = bench.task.model_copy(update={"training": training, "arms": ("lora",)})
+        found[weight] = planning.plan_training(replace(bench, task=task), Silent()).minutes * 60
+    steps = 2 * math.ceil(len(bench.parts.train) / 16)
+    written = 512 * 64 / BASE.write
+    assert found[1.0] - found[0.0] == pytest.approx(steps * LORA.rehearse + written)
 
 
 def test_of_what_is_made_only_the_answers_count(

@@ -17,6 +17,7 @@ from metier.training.batches import Batch, Row, cut
 from metier.training.classify import head_loss, label_rows
 from metier.training.loop import State
 from metier.training.preflight import prepare
+from metier.training.scoring import Scorer
 from metier.training.sft import answer_judge, answer_loss, default_learning_rate, fit
 
 NAMES = ("Lily", "Tom", "Ben", "Mia")
@@ -51,7 +52,7 @@ def test_training_learns_the_answers(stories260k: Path, method: str) -> None:
     training = Training(epochs=12, batch_size=8, patience=0)
     rows = rows_of(renderer, training)
     model = add_lora(base.model, Lora(rank=4), 0) if method == "lora" else base.model
-    state = fit(model, answer_loss(model), rows, rows, training, learning_rate=5e-3, seed=0)
+    state = fit(model, answer_loss(Scorer(model)), rows, rows, training, learning_rate=5e-3, seed=0)
     losses = [point["validation_loss"] for point in state.curve]
     assert losses[-1] < losses[0] / 2
     assert state.best_loss == min(losses)
@@ -86,7 +87,7 @@ def test_the_loss_is_cross_entropy_on_the_answer_alone(stories260k: Path) -> Non
                 target = torch.tensor([row.ids[place]])
                 expected += F.cross_entropy(logits[place - 1 : place], target).item()
     base.model.double()
-    loss = answer_loss(base.model)
+    loss = answer_loss(Scorer(base.model))
     found = sum(loss(batch).item() for batch in cut(rows, 64))
     assert found == pytest.approx(expected, rel=1e-4)
 
@@ -104,9 +105,9 @@ def test_a_judge_counts_the_tokens_that_would_be_written_wrong(stories260k: Path
             for place in range(1, len(row.ids))
         )
     model = base.model.double()
-    judged = [answer_judge(model)(batch) for batch in cut(rows, 64)]
+    judged = [answer_judge(Scorer(model))(batch) for batch in cut(rows, 64)]
     assert sum(mistakes for _, mistakes in judged) == wrong > 0
-    expected = sum(answer_loss(model)(batch).item() for batch in cut(rows, 64))
+    expected = sum(answer_loss(Scorer(model))(batch).item() for batch in cut(rows, 64))
     assert sum(loss for loss, _ in judged) == pytest.approx(expected)
 
 
@@ -153,7 +154,7 @@ def test_logits_that_are_scaled_or_capped_are_those_that_are_learned(scaled: str
             logits = model(input_ids=torch.tensor([row.ids])).logits[0, 1:-1]
             wanted = torch.tensor(row.ids[2:])
             expected += F.cross_entropy(logits, wanted, reduction="sum").item()
-        found = answer_loss(model)(Batch.of(rows)).item()
+        found = answer_loss(Scorer(model))(Batch.of(rows)).item()
     assert found == pytest.approx(expected, rel=0.02)
 
 
@@ -162,7 +163,7 @@ def test_the_gradient_does_not_depend_on_batching(stories260k: Path, budget: int
     base, renderer = load(stories260k, torch.float64)
     rows = rows_of(renderer, Training())
     model = base.model.double()
-    loss = answer_loss(model)
+    loss = answer_loss(Scorer(model))
 
     def gradient(budget: int) -> torch.Tensor:
         model.zero_grad()

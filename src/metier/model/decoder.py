@@ -38,8 +38,8 @@ _BLOCK = 64
 class Decoder:
     """Rows that write side by side.
 
-    Models whose memory is more than keys and values (state-space, linear attention) can only
-    have one row.
+    Models whose memory is more than keys and values (state-space, linear attention) need prompts
+    of one length, and no row can leave.
 
     Attributes:
         logits: of each row's next token, shape (rows, vocabulary).
@@ -52,8 +52,9 @@ class Decoder:
         self._cache: Any = None
         self._mask: torch.Tensor | None = None
         if not has_plain_cache(model):
-            self._next = torch.tensor([[len(prompts[0])]], device=self._device)
-            self.logits = self._forward(torch.tensor([list(prompts[0])], device=self._device), None)
+            self._next = torch.tensor([[len(prompt)] for prompt in prompts], device=self._device)
+            ids = torch.tensor([list(prompt) for prompt in prompts], device=self._device)
+            self.logits = self._forward(ids, None)
             return
         with evaluating(model):
             self._cache = _read(model, [prompt[:-1] for prompt in prompts], pad_id)

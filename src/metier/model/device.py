@@ -93,13 +93,15 @@ def set_up_processor(progress: Progress | None = None) -> int:
 
 
 def _free_cores(wanted: int) -> int:
-    """Cores that other programs leave free, at least 1; where some are busy it looks for longer."""
+    """Cores of the machine that other programs leave free now, at least 1.
+
+    Where too few are free it looks for longer. Which of them this process may use is not told.
+    """
     free = 0
     for seconds in _LOOKS:
         used = psutil.cpu_percent(seconds, percpu=True)
-        if platform.system() == "Linux":
-            used = [used[core] for core in os.sched_getaffinity(0)]
-        free = sum(share < _BUSY for share in used)
+        cores = min(psutil.cpu_count(logical=False) or len(used), len(used))
+        free = sum(share < _BUSY for share in used) * cores // len(used)
         if free >= wanted:
             break
     return max(1, free)

@@ -50,7 +50,7 @@ class LlamaForward:
 
     Args:
         model: a LlamaForCausalLM for which `supports` holds; its parameters receive gradients.
-        dtype: compute dtype; norms and softmax are in float32 at least.
+        dtype: compute dtype; norms are in float32 at least.
         compiled: compile each layer for every new shape of input: worth it for rows of a few
             fixed lengths.
 

@@ -290,25 +290,26 @@ class Experiment:
         """Make an arm, or find it made; the seed counts for a tuned one."""
         bench, progress, stage = self._bench, self._progress, self._stage(arm, seed)
         if arm.tuned:
-            rehearsed = self._rehearsal(arm)
-            make = partial(tuning.tune, bench, arm, seed, rehearsed, progress)
-            return self._resumable(*stage, make)
+            return self._resumable(*stage, partial(self._tune, arm, seed, self._rehearsal(arm)))
         if arm.method == "classical":
             progress.stage("fit classical")
             return self._run.stage(*stage, lambda p: making.fit_classical(bench, p))
         return self._run.stage(*stage, lambda p: making.choose_phrasing(bench, arm, p, progress))
 
-    def _rehearsal(self, arm: Arm) -> rehearsal.Rehearsal | None:
+    def _tune(self, arm: Arm, seed: int, written: Path | None, path: Path, scratch: Path) -> None:
+        rehearsed = rehearsal.Rehearsal.load(written) if written else None
+        tuning.tune(self._bench, arm, seed, rehearsed, self._progress, path, scratch)
+
+    def _rehearsal(self, arm: Arm) -> Path | None:
         """What the base wrote of its own, for an arm that should not forget it."""
         if not (self._bench.task.training.rehearsal and arm.may_forget):
             return None
 
         def make(path: Path) -> None:
-            self._progress.stage("the base writes text of its own, against forgetting")
-            rehearsal.write(load_base(arm.base or self._bench.task.bases()[0])).save(path)
+            base = load_base(arm.base or self._bench.task.bases()[0])
+            rehearsal.write(base, self._progress).save(path)
 
-        path = self._run.stage("rehearsal", self._keys.rehearsal(arm), make)
-        return rehearsal.Rehearsal.load(path)
+        return self._run.stage("rehearsal", self._keys.rehearsal(arm), make)
 
     def _resumable(self, name: str, inputs: Inputs, make: Callable[[Path, Path], None]) -> Path:
         """A stage whose `make` is also given a directory that outlives an interruption."""

@@ -23,6 +23,7 @@ Inputs = dict[str, Any]
 
 # Raise when stored results of older code must not be reused.
 _EDITION = 7
+_REHEARSAL = 2
 
 
 class Keys:
@@ -91,7 +92,7 @@ class Keys:
     def rehearsal(self, arm: Arm) -> Inputs:
         """Of what a base writes of its own, without a template."""
         hashes = self._base(arm)
-        return {"edition": _EDITION, "base": [hashes["weights"], hashes["tokenizer"]]}
+        return {"edition": _REHEARSAL, "base": [hashes["weights"], hashes["tokenizer"]]}
 
     def opening(self, answers: Sequence[Inputs]) -> Inputs:
         """Of a look at the sealed part: what is answered there."""

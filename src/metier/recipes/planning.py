@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from metier.recipes.workbench import Workbench
 from metier.task import Arm
 from metier.training import classify, rehearsal, sft
 from metier.training.batches import Batch, Row
+from metier.training.scoring import Scorer
 
 _SAMPLED = 24
 _LEAST_SECONDS = 0.2
@@ -71,6 +73,7 @@ class Speed:
         alone: of one answer alone.
         score: of text whose probability is computed.
         train: of training.
+        rehearse: seconds that rehearsal adds to a step of training.
         answering: memory while it answers.
         training: memory while it trains.
 
@@ -82,6 +85,7 @@ class Speed:
     score: float
     answering: int
     train: float = math.nan
+    rehearse: float = math.nan
     training: int = 0
 
 
@@ -128,7 +132,7 @@ def plan_training(bench: Workbench, progress: Progress) -> Plan:
     progress.stage("estimate time and memory")
     (arm,) = bench.task.chosen_arms()
     base = _Base(bench, bench.task.bases()[0], [arm])
-    seconds = base.making(arm, base.request(arm)) / len(bench.task.training.seeds)
+    seconds = base.making(arm, base.request(arm), seeds=1)
     memory = base.memory(arm, made=False)
     found = ArmPlan(arm=arm.name, minutes=seconds / 60, memory=memory)
     return Plan(arms=(found,), minutes=found.minutes, memory=memory)
@@ -194,7 +198,7 @@ def _plan_base(base: _Base, arms: Sequence[Arm], made: Collection[str]) -> Itera
         name, request = base.arm_name(arm), base.request(arm)
         seconds = base.answering(arm, request) + base.forgetting(arm)
         if name not in made:
-            seconds += base.making(arm, request)
+            seconds += base.making(arm, request, base.seeds)
         yield ArmPlan(arm=name, minutes=seconds / 60, memory=base.memory(arm, name in made))
 
 
@@ -203,6 +207,7 @@ class _Base:
 
     def __init__(self, bench: Workbench, name: str, arms: Sequence[Arm]) -> None:
         self._bench, self._name = bench, name
+        self.seeds = len(bench.task.training.seeds)
         self._engine, self._speeds = _measure(bench, name, {_model_of(arm) for arm in arms})
         # The base is measured once, for all arms that may forget.
         self._first = next((arm for arm in arms if arm.may_forget), None)
@@ -212,8 +217,8 @@ class _Base:
         several = len(self._bench.task.bases()) > 1
         return arm.model_copy(update={"base": self._name if several else ""}).name
 
-    def making(self, arm: Arm, request: Request) -> float:
-        """Training with every seed, or choosing a phrasing; refuses now what cannot be trained."""
+    def making(self, arm: Arm, request: Request, seeds: int) -> float:
+        """Trainings, or choosing a phrasing; refuses now what cannot be trained."""
         parts = self._bench.parts
         if not arm.tuned:
             phrased = len(phrasings(self._bench.task.kind))
@@ -228,21 +233,20 @@ class _Base:
         # Validation is read only: a third of the work.
         tokens = passes * (train + held / 3)
         again, writing = self._rehearsal(arm)
-        seeds, rate = len(training.seeds), self._speeds[_model_of(arm)].train
-        return seeds * (tokens + again) / rate + writing
+        return seeds * (tokens / self._speeds[_model_of(arm)].train + again) + writing
 
     def _rehearsal(self, arm: Arm) -> tuple[float, float]:
-        """Tokens that each training reads against forgetting, and seconds until they are written.
+        """Seconds of each training against forgetting, and until the base has written for it.
 
-        A base writes them once, for all arms that may forget.
+        It writes once, for all arms that may forget.
         """
         training = self._bench.task.training
         if not (training.rehearsal and arm.may_forget):
             return 0.0, 0.0
         steps = training.epochs * math.ceil(len(self._bench.parts.train) / training.batch_size)
         written = rehearsal.TEXTS * rehearsal.LENGTH if arm == self._first else 0
-        tokens = steps * rehearsal.STEP_TEXTS * rehearsal.LENGTH
-        return tokens, written / self._speeds["base"].write
+        again = steps * self._speeds[_model_of(arm)].rehearse
+        return again, written / self._speeds["base"].write
 
     def answering(self, arm: Arm, request: Request) -> float:
         """Validation and test part with every seed, and the requests that show the latency."""
@@ -265,7 +269,10 @@ class _Base:
     def memory(self, arm: Arm, made: bool) -> int:
         """Bytes of this process at its highest."""
         speed = self._speeds[_model_of(arm)]
-        return speed.training if arm.tuned and not made else speed.answering
+        if made or not arm.tuned:
+            return speed.answering
+        # The base writes as many texts side by side as it answers in a full batch.
+        return max(speed.training, self._speeds["base"].answering * arm.may_forget)
 
     def _batched(self, arm: Arm, request: Request) -> float:
         speed = self._speeds[_model_of(arm)]
@@ -368,9 +375,14 @@ def _trained(speed: Speed, engine: Engine, longest: int, state: int) -> Speed:
         state: bytes of what training keeps besides what is measured here.
 
     """
-    loss, length = sft.answer_loss(engine.model), _length(engine)
+    loss, length = sft.answer_loss(Scorer(engine.model)), _length(engine)
     rate = _rate(lambda rows: _train(loss, rows, length), length)
-    return replace(speed, train=rate, training=_training_memory(loss, rate, longest) + state)
+    return replace(
+        speed,
+        train=rate,
+        rehearse=min(_seconds_of(partial(_rehearse, loss), length) for _ in range(2)),
+        training=_training_memory(loss, rate, longest) + state,
+    )
 
 
 def _training_memory(loss: Callable[[Any], torch.Tensor], rate: float, longest: int) -> int:
@@ -418,6 +430,13 @@ def _seconds_of(work: Callable[[int], Any], rows: int) -> float:
 def _read(engine: Engine, rows: int, length: int) -> None:
     ids = torch.ones((rows, length), dtype=torch.long, device=engine.model.device)
     engine.model(input_ids=ids, use_cache=False, logits_to_keep=1)
+
+
+def _rehearse(loss: Callable[[Any], torch.Tensor], length: int) -> None:
+    """As much as a step rehearses: every token counts, where few of an answer's row do."""
+    length = min(length, rehearsal.LENGTH)
+    row = Row((1,) * length, (False,) + (True,) * (length - 1))
+    loss(Batch.of([row] * rehearsal.STEP_TEXTS)).backward()  # type: ignore[no-untyped-call]
 
 
 def _train(loss: Callable[[Any], torch.Tensor], rows: int, length: int) -> None:

@@ -20,6 +20,7 @@ from metier.recipes.workbench import Workbench
 from metier.task import Arm
 from metier.training import classify, preflight, rehearsal, sft
 from metier.training.loop import State
+from metier.training.scoring import Scorer
 
 _FACTS = "training.json"
 
@@ -153,10 +154,11 @@ def _fit(
     if arm.mode == "head":
         return _fit_head(model, bench, rows, scratch, settings)
     train, held = (p.rows for p in rows)
+    score = Scorer(model)
     if rehearsed:
-        settings["also"] = rehearsal.loss(model, rehearsed, seed, training.rehearsal)
-    settings["judge"] = sft.answer_judge(model)
-    loss = sft.answer_loss(model)
+        settings["also"] = rehearsal.loss(score, rehearsed, seed, training.rehearsal)
+    settings["judge"] = sft.answer_judge(score)
+    loss = sft.answer_loss(score)
     return sft.fit(model, loss, train, held, training, directory=scratch, **settings)
 
 
@@ -172,7 +174,7 @@ def _fit_head(
     train, held = (classify.label_rows(p.rows, p.examples, bench.labels) for p in rows)
     read = sft.fit(
         classifier.model,
-        sft.answer_loss(classifier.model),
+        sft.answer_loss(Scorer(classifier.model)),
         classify.reading_rows(train),
         classify.reading_rows(held),
         training.model_copy(update={"epochs": classify.READING_PASSES}),

@@ -1,8 +1,9 @@
 """The only optimiser loop: batches in, trained parameters out, exact after every interruption.
 
 The loss of a step is the sum over all its micro-batches divided by the weight (trained tokens or
-rows) of the whole step, so how a step is cut never changes its gradient. Batches and random
-numbers are functions of (seed, step): a killed run that goes on is the run that was not killed.
+rows) of the whole step, and what is added to it once: how a step is cut never changes its gradient.
+Batches and random numbers are functions of (seed, step): a killed run that goes on is the run that
+was not killed.
 """
 
 from __future__ import annotations
@@ -299,7 +300,10 @@ class Loop(Generic[B]):
         for optimizer, state in zip(self._optimizers, found.optimizers, strict=True):
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": dict(state), "param_groups": groups})
+        # Mistakes were not always counted.
         self.state = State(**found.state)
+        if "best_mistakes" not in found.state and math.isfinite(self.state.best_loss):
+            self.state.best_mistakes = 0.0
         if self._resumed:
             self._resumed(self.state)
         # A plan may have become longer since.

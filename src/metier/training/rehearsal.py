@@ -8,24 +8,26 @@ forgetting is measured on is looked at.
 
 Of an opinion, the likeliest tokens are kept and some of the others, drawn, which stand for all of
 them: so the divergence is right on average, as it is not where the others are left out (Anshumann
-et al. 2025, arXiv 2503.16870).
+et al. 2025, arXiv 2503.16870). They are drawn once: a long training meets the same again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from metier.model.backbone import context_of, inner
-from metier.model.decoder import Decoder, evaluating
+from metier.model.backbone import context_of
+from metier.model.decoder import Decoder
+from metier.progress import Progress, Silent
 from metier.training.losses import Criterion, other_opinion
-from metier.training.scoring import scorer
+from metier.training.scoring import Scorer
 
 if TYPE_CHECKING:
     from metier.model.load import Base
@@ -99,40 +101,42 @@ class Rehearsal:
         return other_opinion(self.following.long(), weights, self.logprobs)
 
 
-def write(base: Base, seed: int = 0) -> Rehearsal:
-    """Let a base write texts of its own, drawn by its own probabilities."""
+def write(base: Base, progress: Progress | None = None, seed: int = 0) -> Rehearsal:
+    """Let a base write texts of its own, drawn by its own probabilities.
+
+    Args:
+        base: as it is before it is tuned.
+        progress: is told every token.
+        seed: of what is drawn.
+
+    Raises:
+        ModelError: the base cannot go on from what it read.
+
+    """
+    progress = progress or Silent()
     draw = torch.Generator().manual_seed(seed)
-    texts: list[list[int]] = []
-    while len(texts) < TEXTS:
-        texts += _write(base, min(_SIDE_BY_SIDE, TEXTS - len(texts)), draw)
-    opinions = (_opinion(base.model, text[:-1], draw) for text in texts)
-    following, logprobs = zip(*opinions, strict=True)
-    return Rehearsal(
-        ids=torch.tensor([token for text in texts for token in text[:-1]]),
-        lengths=tuple(len(text) - 1 for text in texts),
-        following=torch.cat(following),
-        logprobs=torch.cat(logprobs),
-    )
+    rounds = math.ceil(TEXTS / _SIDE_BY_SIDE)
+    progress.stage("the base writes text of its own, against forgetting", rounds * (LENGTH - 1))
+    return _joined([part for _ in range(rounds) for part in _write(base, draw, progress)])
 
 
 def loss(
-    model: Any, rehearsal: Rehearsal, seed: int, weight: float = 1.0
+    score: Scorer, rehearsal: Rehearsal, seed: int, weight: float = 1.0
 ) -> Callable[[int], Tensor]:
     """Mean divergence per token, in nats, over the texts of a step.
 
     Args:
-        model: in training.
+        score: of the model in training.
         rehearsal: of its base.
         weight: factor on it.
         seed: which texts a step looks at depends on it and on the step alone.
 
     """
-    score = scorer(model)
 
     def mean(step: int) -> Tensor:
         draw = torch.Generator().manual_seed(seed * 1_000_003 + step)
         order = torch.randperm(len(rehearsal.lengths), generator=draw)
-        part = rehearsal.part(order[:STEP_TEXTS].tolist()).to(model.device)
+        part = rehearsal.part(order[:STEP_TEXTS].tolist()).to(score.device)
         every = torch.ones_like(part.ids, dtype=torch.bool)
         total: Tensor = score(part.ids, part.lengths, every, part.opinion())
         return weight * total / len(part.ids)
@@ -140,37 +144,54 @@ def loss(
     return mean
 
 
-def _write(base: Base, count: int, draw: torch.Generator) -> list[list[int]]:
-    """Texts from their beginning to their end, or to the longest that is wanted."""
+def _write(base: Base, draw: torch.Generator, progress: Progress) -> Iterator[Rehearsal]:
+    """Texts from their beginning to their end, or to the longest that is wanted, one by one."""
     tokenizer, device = base.tokenizer, base.model.device
     first = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+    decoder = Decoder(base.model, [[first]] * _SIDE_BY_SIDE, tokenizer.pad_id)
+    tokens, opinions = [torch.full((_SIDE_BY_SIDE,), first)], []
     length = min(LENGTH, context_of(base.model) or LENGTH)
-    decoder = Decoder(base.model, [[first]] * count, tokenizer.pad_id)
-    tokens = [torch.full((count,), first)]
     for place in range(1, length):
-        # The inverse of the distribution; torch.multinomial takes six times as long.
-        summed = decoder.logits.float().softmax(-1).cpu().cumsum(-1)
-        aim = torch.rand((count, 1), generator=draw) * summed[:, -1:]
-        tokens.append(torch.searchsorted(summed, aim).squeeze(1))
+        logprobs = torch.log_softmax(decoder.logits.float(), dim=-1).cpu()
+        opinions.append(_opinion(logprobs, draw))
+        tokens.append(_drawn(logprobs.exp(), 1, draw).squeeze(1))
+        progress.advance()
         if place + 1 < length:
             decoder.push(tokens[-1].to(device))
-    return [_to_end(text, tokenizer.eos_id) for text in torch.stack(tokens, dim=1).tolist()]
+    texts = torch.stack(tokens, dim=1)
+    following, logprobs = (torch.stack(part, dim=1) for part in zip(*opinions, strict=True))
+    for row, text in enumerate(texts.tolist()):
+        end = _end(text, tokenizer.eos_id)
+        yield Rehearsal(texts[row, :end], (end,), following[row, :end], logprobs[row, :end])
 
 
-def _to_end(text: list[int], eos_id: int) -> list[int]:
-    ends = [place for place, token in enumerate(text) if token == eos_id and place > 0]
-    return text[: ends[0] + 1] if ends else text
+def _end(text: list[int], eos_id: int) -> int:
+    """How many tokens of a text are read: what ends it is not, nor is its last token."""
+    return next((at for at, token in enumerate(text) if at and token == eos_id), len(text) - 1)
 
 
-def _opinion(model: Any, ids: list[int], draw: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Tokens that may follow each token of a text, and their log-probabilities."""
-    with evaluating(model):
-        output = inner(model)(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
-        logprobs = torch.log_softmax(output.logits[0].float(), dim=-1).cpu()
-        likely = logprobs.topk(min(_LIKELY, logprobs.shape[1] - 1))
-        others = logprobs.exp().clamp_min(_LEAST).scatter(1, likely.indices, 0)
-        drawn = torch.multinomial(others, _DRAWN, replacement=True, generator=draw)
+def _opinion(logprobs: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Some tokens of each row of log-probabilities, as `Rehearsal.following`, and theirs."""
+    likely = logprobs.topk(min(_LIKELY, logprobs.shape[1] - 1))
+    others = logprobs.exp().clamp_min(_LEAST).scatter(1, likely.indices, 0)
+    drawn = _drawn(others, _DRAWN, draw)
     return (
         torch.cat([likely.indices, drawn], dim=1).int(),
         torch.cat([likely.values, logprobs.gather(1, drawn)], dim=1),
+    )
+
+
+def _drawn(weights: Tensor, count: int, draw: torch.Generator) -> Tensor:
+    """Places drawn by weights, shape (rows, count): torch.multinomial takes six times as long."""
+    summed = weights.double().cumsum(-1)
+    aim = torch.rand((len(weights), count), generator=draw, dtype=torch.float64) * summed[:, -1:]
+    return torch.searchsorted(summed, aim)
+
+
+def _joined(parts: Sequence[Rehearsal]) -> Rehearsal:
+    return Rehearsal(
+        ids=torch.cat([part.ids for part in parts]),
+        lengths=tuple(length for part in parts for length in part.lengths),
+        following=torch.cat([part.following for part in parts]),
+        logprobs=torch.cat([part.logprobs for part in parts]),
     )

@@ -3,47 +3,85 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from metier.model.backbone import context_of, inner, output_weight
 from metier.model.rows import side_by_side
-from metier.training.forward import forward_of, mixed_precision
+from metier.training.forward import Forward, forward_of, mixed_precision
 from metier.training.losses import Criterion, of_head, of_logits
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-Scorer = Callable[[Tensor, Sequence[int], Tensor, Criterion], Tensor]
-"""Ids of rows one behind the other, shape (tokens,), their lengths, longest first, which tokens
-count, shape (tokens,), and a criterion of those, to its sum."""
+
+class Scorer:
+    """Gives sums of criteria over a model's logits, made only for the tokens that count.
+
+    A model needs one: another would lay out the model's weights anew, and each its own way.
+
+    Attributes:
+        model: whose logits they are.
+
+    """
+
+    def __init__(self, model: PreTrainedModel | PeftModel) -> None:
+        self.model = model
+        weight = output_weight(model)
+        self._sum: Callable[[Tensor, Sequence[int], Tensor, Criterion], Tensor] = (
+            partial(_through_logits, model)
+            if weight is None
+            else partial(_through_head, forward_of(model), weight)
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where ids and criteria must be."""
+        return self.model.device
+
+    def __call__(
+        self, ids: Tensor, lengths: Sequence[int], wanted: Tensor, criterion: Criterion
+    ) -> Tensor:
+        """The sum of a criterion.
+
+        Args:
+            ids: of rows one behind the other, shape (tokens,).
+            lengths: of the rows, longest first.
+            wanted: which tokens count, shape (tokens,).
+            criterion: of the tokens that count.
+
+        """
+        return self._sum(ids, lengths, wanted, criterion)
 
 
-def scorer(model: PreTrainedModel | PeftModel) -> Scorer:
-    """What gives sums of criteria over a model's logits, made only for the tokens that count."""
-    weight = output_weight(model)
-    if weight is None:
-        return _scorer_of_logits(model)
-    forward = forward_of(model)
-
-    def score(ids: Tensor, lengths: Sequence[int], wanted: Tensor, criterion: Criterion) -> Tensor:
-        return of_head(forward(ids, lengths)[wanted], weight, criterion)
-
-    return score
+def _through_head(
+    forward: Forward,
+    weight: Tensor,
+    ids: Tensor,
+    lengths: Sequence[int],
+    wanted: Tensor,
+    criterion: Criterion,
+) -> Tensor:
+    return of_head(forward(ids, lengths)[wanted], weight, criterion)
 
 
-def _scorer_of_logits(model: PreTrainedModel | PeftModel) -> Scorer:
+def _through_logits(
+    model: PreTrainedModel | PeftModel,
+    ids: Tensor,
+    lengths: Sequence[int],
+    wanted: Tensor,
+    criterion: Criterion,
+) -> Tensor:
     """The same for a family whose logits are not just a product with the head."""
 
     def read(padded: Tensor) -> Tensor:
         found: Tensor = inner(model)(input_ids=padded, use_cache=False).logits
         return found
 
-    def score(ids: Tensor, lengths: Sequence[int], wanted: Tensor, criterion: Criterion) -> Tensor:
-        with mixed_precision(model):
-            logits = side_by_side(read, ids, lengths, context_of(model), wanted)
-        return of_logits(logits, criterion)
-
-    return score
+    with mixed_precision(model):
+        logits = side_by_side(read, ids, lengths, context_of(model), wanted)
+    return of_logits(logits, criterion)

@@ -23,7 +23,7 @@ from metier.task import Training
 from metier.training.batches import Batch, Row, RowBatches, cut
 from metier.training.loop import Loop, Plan, State, cosine
 from metier.training.losses import next_tokens
-from metier.training.scoring import scorer
+from metier.training.scoring import Scorer
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -143,24 +143,22 @@ def row_batches(rows: Sequence[Row], training: Training, *, seed: int) -> RowBat
     return RowBatches(rows, step_rows=training.batch_size, micro_tokens=MICRO_TOKENS, seed=seed)
 
 
-def answer_loss(model: Model) -> Callable[[Batch], Tensor]:
+def answer_loss(score: Scorer) -> Callable[[Batch], Tensor]:
     """Sum of cross-entropies over a batch's trained tokens."""
-    score = scorer(model)
 
     def loss(batch: Batch) -> Tensor:
-        batch = batch.to(model.device)
+        batch = batch.to(score.device)
         trained = batch.targets >= 0
         return score(batch.ids, batch.lengths, trained, next_tokens(batch.targets[trained]))
 
     return loss
 
 
-def answer_judge(model: Model) -> Judge:
+def answer_judge(score: Scorer) -> Judge:
     """Of what a batch is to learn: sum of cross-entropies, and tokens it would write wrong."""
-    score = scorer(model)
 
     def judge(batch: Batch) -> tuple[float, float]:
-        batch, mistakes = batch.to(model.device), 0
+        batch, mistakes = batch.to(score.device), 0
         trained = batch.targets >= 0
         targets = batch.targets[trained]
         cross_entropy = next_tokens(targets)
