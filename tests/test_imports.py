@@ -23,6 +23,7 @@ MAY_IMPORT = {
     **{unit: BASE | set(STACK) for unit in SIBLINGS},
     "recipes": BASE | set(STACK) | SIBLINGS,
     "app": BASE | set(STACK) | SIBLINGS | {"recipes"},
+    "__main__": {"app"},
     "": {"recipes"},
 }
 """Unit (a package or module directly in metier; '' is metier itself) to what it may import."""

@@ -131,6 +131,9 @@ class Training(Config):
     but those of weight 0."""
     rehearsal: Annotated[FiniteFloat, Field(ge=0)] = 2.0
     """Weight of saying what the base says about text of its own, against forgetting (0: none)."""
+    shard: bool = False
+    """Keep only a part of every layer in each process that torchrun starts (FSDP2): for a base
+    that is too large for one device."""
     lora: Lora = Lora()
     """Low-rank adapters."""
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0, 1, 2)

@@ -13,10 +13,10 @@ from metier import recipes
 from metier.errors import BudgetError, ConfigError, ModelError, RemoteError, RunError
 from metier.evaluation import runner
 from metier.evaluation.classical import Classical
-from metier.evaluation.schema import Verdict
+from metier.evaluation.schema import Verdict, read_verdict
 from metier.progress import Progress, Silent
-from metier.recipes import experiment
-from metier.recipes.experiment import read_verdict
+from metier.recipes import experiment, tuning
+from metier.recipes.stages import Stages
 from metier.recipes.workbench import Workbench, open_workbench, read_task
 from metier.records import Chat, Completion
 from metier.runs import Run
@@ -54,13 +54,13 @@ def test_a_base_writes_once_for_all_that_may_forget_it(
     def tune(_: Workbench, arm: Arm, __: int, rehearsed: object, *___: object) -> None:
         given.setdefault(arm.name, []).append(rehearsed is not None)
 
-    monkeypatch.setattr(experiment.tuning, "tune", tune)
+    monkeypatch.setattr(tuning, "tune", tune)
     for weight in (1.0, 0.0):
         task = read_task(finished / "task.yaml", [f"training.rehearsal={weight}"])
         bench = open_workbench(task, finished)
         with Run(tmp_path / str(weight)) as run:
             for arm in ("lora", "full", "lora/head"):
-                experiment.Experiment(bench, run, Silent()).make(Arm.of(arm), 0)
+                Stages(bench, run, Silent()).make(Arm.of(arm), 0)
         written = [s for s in stages(tmp_path / str(weight)) if s.startswith("rehearsal-")]
         assert len(written) == (weight > 0)
     assert given == {"lora": [True, False], "full": [True, False], "lora/head": [False, False]}

@@ -1,6 +1,9 @@
 import dataclasses
+import json
 import math
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +13,7 @@ from safetensors.torch import load_file
 
 from metier import recipes
 from metier.model import device
+from metier.model.world import World
 from metier.progress import Silent
 from metier.recipes import tuning
 from metier.recipes.workbench import open_workbench, read_task
@@ -71,11 +75,9 @@ def test_skipped_steps_are_told_of_every_seed(
     tmp_path: Path, stories260k: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first gradient of each training is made infinite."""
-    clip = torch.nn.utils.clip_grad_norm_
+    clip = World.clip
     norms = iter([math.inf] + [1.0] * 99)
-    monkeypatch.setattr(
-        torch.nn.utils, "clip_grad_norm_", lambda *given: clip(*given) * next(norms)
-    )
+    monkeypatch.setattr(World, "clip", lambda *given: clip(*given) * next(norms))
     training = {"epochs": 1, "seeds": [0], "max_length": 128, "batch_size": 16}
     task = write_task(tmp_path, stories260k, training=training)
     bench, out = open_workbench(read_task(task), tmp_path), tmp_path / "made"
@@ -106,3 +108,42 @@ def test_skipped_steps_stand_in_the_verdict(
         arm.arm: "training steps changed nothing" in " ".join(arm.notes) for arm in verdict.arms
     }
     assert told == {"prompt": False, "classical": False, "lora": True, "lora/head": True}
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_torchrun_trains_what_one_process_trains(
+    tmp_path: Path, stories260k: Path, shard: bool
+) -> None:
+    """The same command, started twice; a run finds what the two have made."""
+    training = {
+        "epochs": 1,
+        "seeds": [0],
+        "max_length": 128,
+        "batch_size": 16,
+        "rehearsal": 1,
+        "lora": {"rank": 4},
+    }
+    task = write_task(tmp_path, stories260k, training=training)
+    alone = recipes.train(task, "lora", out=tmp_path / "alone")
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = ["-m", "metier", "train", str(task), "lora", "--out", str(tmp_path / "both")]
+    done = subprocess.run(
+        [sys.executable, *launch, *command, "--json", "--set", f"training.shard={shard}"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    together = Path(json.loads(done.stdout)["path"])
+    assert together.name == alone.name
+    expected, facts = tuning.read_facts(alone), tuning.read_facts(together)
+    assert facts.steps == expected.steps > 1
+    # Sharded layers are computed by Transformers, which rounds otherwise in bfloat16; in float64
+    # they are the same (tests/training/test_gradients.py).
+    assert facts.validation_loss == pytest.approx(
+        expected.validation_loss, rel=3e-2 if shard else 1e-5
+    )
+    one, two = (load_file(path / "adapter_model.safetensors") for path in (alone, together))
+    assert one.keys() == two.keys()
+    assert all(one[name].shape == value.shape for name, value in two.items())

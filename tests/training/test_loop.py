@@ -242,25 +242,6 @@ def test_the_fewest_mistakes_choose_before_the_lowest_loss(tmp_path: Path) -> No
     assert [point["validation_mistakes"] for point in state.curve] == [m for _, m in figures]
 
 
-def test_a_checkpoint_from_before_mistakes_were_counted_keeps_its_best(tmp_path: Path) -> None:
-    """It knows nothing of them; its best loss still counts."""
-    losses = iter([0.5, 1.0, 9.0, 8.0, 9.0, 9.0])
-
-    class Older(Loop[Points]):
-        def _save(self) -> None:
-            mistakes = vars(self.state).pop("best_mistakes")
-            super()._save()
-            self.state.best_mistakes = mistakes
-
-    _, loop = make(Stream(), directory=tmp_path, steps=10, evaluate=lambda: {"loss": next(losses)})
-    loop.__class__ = Older
-    loop.run()
-    _, again = make(Stream(), directory=tmp_path, steps=30, evaluate=lambda: {"loss": next(losses)})
-    state = again.run()
-    assert state.step == 30
-    assert (state.best_step, state.best_loss) == (5, 0.5)
-
-
 def test_a_checkpoint_of_other_parameters_is_refused(tmp_path: Path) -> None:
     _, loop = make(Stream(), directory=tmp_path, steps=2)
     loop.run()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import os
 import secrets
 import signal
@@ -63,6 +64,8 @@ _RESUMABLE = ("demo", "run", "train", "pretrain", "predict")
 def main() -> None:
     """Entry point of the `metier` command."""
     signal.signal(signal.SIGTERM, _terminate)
+    if os.environ.get("RANK", "0") != "0":  # of the processes of torchrun, the first one speaks
+        sys.stdout = io.StringIO()
     if not sys.warnoptions:  # what libraries will change one day is not the user's to mend
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", DeprecationWarning)

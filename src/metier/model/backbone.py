@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from metier.model.rows import side_by_side
+from metier.model.world import is_in_parts
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -45,7 +46,7 @@ def hidden_states(
         found: Tensor = backbone(input_ids=padded, use_cache=False).last_hidden_state
         return found
 
-    return side_by_side(read, ids, lengths, context_of(model))
+    return side_by_side(read, ids, lengths, context_of(model), at_once=is_in_parts(language_model))
 
 
 def output_weight(model: PreTrainedModel | PeftModel) -> Tensor | None:

@@ -19,20 +19,24 @@ _PREFIX = "step-"
 _KEPT = 2
 
 
+States = Mapping[str, Mapping[str, Any]]
+"""Of one optimiser: name of a parameter to what is kept of it, tensors and numbers."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """What training needs to go on exactly.
 
     Attributes:
         tensors: trained parameters by name.
-        optimizers: one state dict of tensors and numbers per optimiser, by parameter index.
+        optimizers: tensors and numbers of each optimiser, by parameter.
         state: plain values (step, best loss, ...).
         best: the parameters that were best on the validation part, or empty.
 
     """
 
     tensors: Mapping[str, Tensor]
-    optimizers: Sequence[Mapping[int, Mapping[str, Any]]]
+    optimizers: Sequence[States]
     state: Mapping[str, Any]
     best: Mapping[str, Tensor]
 
@@ -101,31 +105,29 @@ def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _flatten(
-    optimizers: Sequence[Mapping[int, Mapping[str, Any]]],
+    optimizers: Sequence[States],
 ) -> tuple[dict[str, Tensor], list[dict[str, dict[str, Any]]]]:
-    """Tensors under ``optimiser.parameter.key``; everything else as JSON beside them."""
+    """Tensors under ``optimiser/key/parameter``; everything else as JSON beside them."""
     tensors: dict[str, Tensor] = {}
     numbers: list[dict[str, dict[str, Any]]] = []
     for position, states in enumerate(optimizers):
         plain: dict[str, dict[str, Any]] = {}
-        for index, state in states.items():
-            plain[str(index)] = {}
+        for name, state in states.items():
+            plain[name] = {}
             for key, value in state.items():
                 if isinstance(value, Tensor):
-                    tensors[f"{position}.{index}.{key}"] = value.clone()
+                    tensors[f"{position}/{key}/{name}"] = value.clone()
                 else:
-                    plain[str(index)][key] = value
+                    plain[name][key] = value
         numbers.append(plain)
     return tensors, numbers
 
 
 def _unflatten(
     tensors: Mapping[str, Tensor], numbers: Sequence[Mapping[str, Mapping[str, Any]]]
-) -> list[dict[int, dict[str, Any]]]:
-    optimizers = [
-        {int(index): dict(values) for index, values in plain.items()} for plain in numbers
-    ]
-    for name, tensor in tensors.items():
-        position, index, key = name.split(".", 2)
-        optimizers[int(position)][int(index)][key] = tensor
-    return optimizers
+) -> list[States]:
+    optimizers = [{name: dict(values) for name, values in plain.items()} for plain in numbers]
+    for path, tensor in tensors.items():
+        position, key, name = path.split("/", 2)
+        optimizers[int(position)][name][key] = tensor
+    return list(optimizers)

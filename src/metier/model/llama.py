@@ -94,9 +94,9 @@ class LlamaForward:
         found = tuple(groups(lengths, device))
         longest = found[0].length
         if longest > len(self._tables[2]):
-            angle = torch.arange(longest, device=device)[:, None] * _wide(
-                self._model.rotary_emb.inv_freq
-            )
+            # In float32 whatever the model is in, as Transformers does.
+            frequencies = self._model.rotary_emb.inv_freq.float()
+            angle = torch.arange(longest, device=device)[:, None] * frequencies
             cos, sin = angle.cos()[:, None], angle.sin()[:, None]
             mask = torch.full((longest, longest), float("-inf"), device=device).triu(1)
             self._tables = (cos.to(self._dtype), sin.to(self._dtype), mask.to(self._dtype))

@@ -58,13 +58,20 @@ class Group:
         return _Gather.apply(flat, self.places)  # type: ignore[no-any-return,no-untyped-call]
 
 
-def groups(lengths: Sequence[int], device: torch.device, context: int | None = None) -> list[Group]:
+def groups(
+    lengths: Sequence[int],
+    device: torch.device,
+    context: int | None = None,
+    *,
+    at_once: bool = False,
+) -> list[Group]:
     """The groups in which rows are read.
 
     Args:
         lengths: of the rows in their order, longest first, so that similar ones are neighbours.
         device: of the tokens.
         context: what a padded row may have at most, if anything.
+        at_once: all rows in one group, whatever padding it takes.
 
     Raises:
         ValueError: the lengths are not sorted.
@@ -74,7 +81,7 @@ def groups(lengths: Sequence[int], device: torch.device, context: int | None = N
         raise ValueError("rows must stand longest first")
     found, start = [], 0
     rounded = [min(padded(length), context or padded(length)) for length in lengths]
-    for first, last in cheapest_cut(rounded):
+    for first, last in [(0, len(lengths))] if at_once else cheapest_cut(rounded):
         own, length = lengths[first:last], rounded[first]
         end, places = start + sum(own), None
         if end - start < len(own) * length:
@@ -91,6 +98,8 @@ def side_by_side(
     lengths: Sequence[int],
     context: int | None,
     wanted: Tensor | None = None,
+    *,
+    at_once: bool = False,
 ) -> Tensor:
     """What a function of padded ids, shape (rows, length), gives for rows, group by group.
 
@@ -100,13 +109,14 @@ def side_by_side(
         lengths: of the rows, longest first.
         context: what `read` takes at most as length, if there is a limit.
         wanted: whose values are returned, shape (tokens,); by default all.
+        at_once: call `read` once, whatever padding it takes.
 
     Returns:
         the values of the wanted tokens, shape (tokens, ...).
 
     """
     parts = []
-    for group in groups(lengths, ids.device, context):
+    for group in groups(lengths, ids.device, context, at_once=at_once):
         values = group.gather(read(group.spread(ids)))
         parts.append(values if wanted is None else values[wanted[group.start : group.end]])
     return torch.cat(parts)

@@ -18,10 +18,10 @@ from metier.config import Config
 from metier.data.sources import read_examples
 from metier.errors import RequestError, RunError
 from metier.evaluation import arms
+from metier.evaluation.schema import read_file, read_verdict
 from metier.model.generate import Engine
 from metier.progress import Progress
 from metier.recipes import making, workbench
-from metier.recipes.experiment import read_file, read_verdict
 from metier.records import Chat, Completion, Example, Generator
 from metier.task import Arm, Task
 

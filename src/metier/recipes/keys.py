@@ -99,8 +99,11 @@ class Keys:
         return {"test": self._bench.parts.test_fingerprint, "answers": list(answers)}
 
     def _training(self, arm: Arm, seed: int) -> Inputs:
-        """A tuned arm learns from the bare chat: no instruction, no labels unless it has a head."""
-        unread = {"seeds"}
+        """A tuned arm learns from the bare chat: no instruction, no labels unless it has a head.
+
+        Who computes a training does not change it.
+        """
+        unread = {"seeds", "shard"}
         if arm.method == "full":
             unread.add("lora")
         if arm.mode == "head":

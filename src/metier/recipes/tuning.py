@@ -10,10 +10,11 @@ from typing import Any
 
 from metier.evaluation.schema import CurvePoint
 from metier.model.adapters import add_lora, save_adapter
-from metier.model.device import compute_dtype
+from metier.model.device import choose_device, compute_dtype
 from metier.model.head import Classifier, save_head
 from metier.model.load import Base, load_base
 from metier.model.memory import PeakMemory
+from metier.model.world import World, gathered, shard
 from metier.progress import Progress
 from metier.recipes import making
 from metier.recipes.workbench import Workbench
@@ -63,6 +64,7 @@ def tune(
     progress: Progress,
     directory: Path,
     scratch: Path,
+    world: World | None = None,
 ) -> None:
     """Train an arm and write adapter or model, head, wording and facts into `directory`.
 
@@ -72,20 +74,34 @@ def tune(
         seed: of the adapter's start, the order and dropout.
         rehearsed: of the base, where it should not be forgotten.
         progress: is told every step.
-        directory: receives the result.
+        directory: receives the result, from the first process.
         scratch: keeps checkpoints; an interrupted training goes on from there.
+        world: the processes that share the training; all call this.
 
     Raises:
         TrainingError: a row cannot be trained on, or training diverged.
 
     """
+    world = world or World()
+    in_parts = bench.task.training.shard and world.size > 1
     with PeakMemory() as memory:
-        base = load_base(arm.base or bench.task.bases()[0], dtype=_weights_dtype(arm))
+        base = _load(bench, arm, "cpu" if in_parts else "auto")
         rows = making.prepare(bench, arm, making.make_engine(bench, base))
         progress.say(f"{arm.name} is trained on the text between ⟦ and ⟧:\n{rows[0].sample}")
         model = _trainable(bench, arm, base, seed)
+        if in_parts:
+            shard(base.model, world)
         progress.stage(f"train {arm.name}, seed {seed}", _steps(bench, arm, rows[0]))
-        state = _fit(bench, arm, base, model, rows, seed, rehearsed, scratch, progress)
+        settings = {"seed": seed, "world": world, "progress": progress}
+        state = _fit(bench, arm, base, model, rows, rehearsed, scratch, settings)
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    found = gathered(trained, world)
+    if not world.first:
+        return
+    if in_parts:
+        base = _load(bench, arm, "cpu")
+        model = _trainable(bench, arm, base, seed)
+        model.load_state_dict(found, strict=False)
     _write(arm, base, model, directory)
     _write_facts(state, rows, seed, memory.peak, directory)
 
@@ -111,11 +127,12 @@ def notes(trainings: Sequence[Facts]) -> list[str]:
     return found
 
 
-def _weights_dtype(arm: Arm) -> Any:
-    """Trained weights are kept in float32; a frozen base in what the device computes in."""
+def _load(bench: Workbench, arm: Arm, device: str) -> Base:
+    """The base; trained weights are kept in float32, frozen ones in what the device computes in."""
     import torch
 
-    return torch.float32 if arm.method == "full" else None
+    dtype = torch.float32 if arm.method == "full" else compute_dtype(choose_device())
+    return load_base(arm.base or bench.task.bases()[0], dtype=dtype, device=device)
 
 
 def _trainable(bench: Workbench, arm: Arm, base: Base, seed: int) -> Any:
@@ -139,24 +156,20 @@ def _fit(
     base: Base,
     model: Any,
     rows: tuple[preflight.Prepared, preflight.Prepared],
-    seed: int,
     rehearsed: rehearsal.Rehearsal | None,
     scratch: Path,
-    progress: Progress,
+    settings: dict[str, Any],
 ) -> State:
     training = bench.task.training
     rate = sft.default_learning_rate(base.model, full=arm.method == "full")
-    settings: dict[str, Any] = {
-        "learning_rate": training.learning_rate or rate,
-        "seed": seed,
-        "progress": progress,
-    }
+    settings["learning_rate"] = training.learning_rate or rate
     if arm.mode == "head":
         return _fit_head(model, bench, rows, scratch, settings)
     train, held = (p.rows for p in rows)
     score = Scorer(model)
     if rehearsed:
-        settings["also"] = rehearsal.loss(score, rehearsed, seed, training.rehearsal)
+        weight = training.rehearsal
+        settings["also"] = rehearsal.loss(score, rehearsed, settings["seed"], weight)
     settings["judge"] = sft.answer_judge(score)
     loss = sft.answer_loss(score)
     return sft.fit(model, loss, train, held, training, directory=scratch, **settings)

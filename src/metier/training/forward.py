@@ -11,6 +11,7 @@ from torch import Tensor
 from metier.model.backbone import hidden_states
 from metier.model.device import compute_dtype
 from metier.model.llama import LlamaForward, supports
+from metier.model.world import is_in_parts
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -24,7 +25,7 @@ hidden states in the compute dtype, shape (tokens, hidden)."""
 
 def forward_of(model: PreTrainedModel | PeftModel) -> Forward:
     """The forward pass of a model."""
-    if model.device.type == "cpu" and supports(model):
+    if model.device.type == "cpu" and not is_in_parts(model) and supports(model):
         wide = next(model.parameters()).dtype
         return LlamaForward(model, torch.bfloat16 if computes_bfloat16(model) else wide)
 

@@ -1,9 +1,10 @@
 """The only optimiser loop: batches in, trained parameters out, exact after every interruption.
 
 The loss of a step is the sum over all its micro-batches divided by the weight (trained tokens or
-rows) of the whole step, and what is added to it once: how a step is cut never changes its gradient.
-Batches and random numbers are functions of (seed, step): a killed run that goes on is the run that
-was not killed.
+rows) of the whole step, and what is added to it once: neither how a step is cut nor how many
+processes share it changes its gradient. Batches and random numbers are functions of seed, step and
+place in the step: a killed run that goes on is the run that was not killed, and other processes may
+take over.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from metier import runs
 from metier.errors import TrainingError
 from metier.model import checkpoint
 from metier.model.memory import Thrift
+from metier.model.world import World, gathered, part_like
 from metier.progress import Progress, Silent
 
 _BAD_STEPS = 3
@@ -38,7 +40,7 @@ class MicroBatch(Protocol):
 
     @property
     def tokens(self) -> int:
-        """All real tokens in it, for speed figures."""
+        """All real tokens in it: how much work it is."""
         ...
 
 
@@ -131,6 +133,8 @@ class Loop(Generic[B]):
         evaluate: figures now, ``loss`` among them, and ``validation_mistakes`` where answers can
             be counted. The fewest mistakes choose the best parameters, of those the lowest loss.
         resumed: is given where the run stood that is about to go on, and may refuse it.
+        hardest: what needs the most memory: it is tried before the first step.
+        world: the processes that share the work; the first of them writes the files.
         progress: is told every step.
 
     """
@@ -147,15 +151,19 @@ class Loop(Generic[B]):
         directory: Path | None = None,
         evaluate: Callable[[], Mapping[str, float]] | None = None,
         resumed: Callable[[State], None] | None = None,
+        hardest: B | None = None,
+        world: World | None = None,
         progress: Progress | None = None,
     ) -> None:
         self._loss, self._batches, self._optimizers, self._plan = loss, batches, optimizers, plan
-        self._model, self._also = model, also
+        self._model, self._also, self._hardest = model, also, hardest
+        self._world = world or World()
         self._trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self._directory, self._evaluate, self._resumed = directory, evaluate, resumed
         self._progress: Progress = progress or Silent()
         self._best: dict[str, Tensor] = {}
         self._log: list[str] = []
+        self._saved = 0.0
         self._peaks = [[group["lr"] for group in opt.param_groups] for opt in optimizers]
         self.state = State()
 
@@ -163,50 +171,83 @@ class Loop(Generic[B]):
         """Train to the end, or from the last checkpoint to the end; keep the best parameters.
 
         Raises:
-            TrainingError: the gradient was not finite three times in a row.
+            TrainingError: the gradient was not finite three times in a row, or memory does not
+                suffice for the hardest micro-batch.
 
         """
         self._resume()
+        self._try_hardest()
         began = time.monotonic() - self.state.seconds
-        saved, thrift = time.monotonic(), Thrift()
+        thrift = Thrift()
+        self._saved = time.monotonic()
         self._progress.advance(self.state.step)
         while not self.state.finished:
-            self._step()
+            due = self._step()
             self._maybe_evaluate()
             thrift.look()
             self.state.seconds = time.monotonic() - began
-            due = time.monotonic() - saved > self._plan.checkpoint_seconds
             if due or self.state.finished:
                 self._save()
-                saved = time.monotonic()
         self._take_best()
         return self.state
 
-    def _step(self) -> None:
+    def _step(self) -> bool:
+        """One optimiser step. Returns whether a checkpoint is due."""
         step, began = self.state.step, time.perf_counter()
-        torch.manual_seed(self._plan.seed * 1_000_003 + step)
         parts = self._batches.step(step)
         weight = sum(part.weight for part in parts)
         self._model.train()
         total = 0.0
-        for part in parts:
-            loss = self._loss(part)
+        for place, part, counts in self._world.share(parts):
+            self._seed(step, place)
+            loss = self._loss(part) * counts
             (loss / weight).backward()  # type: ignore[no-untyped-call]
             total += loss.item()
+        self._seed(step, len(parts))
         added = self._add(step)
+        self._world.add_gradients(self._trained.values())
         norm = self._update(step)
-        seconds = time.perf_counter() - began
-        self._record({"step": step, "loss": total / weight, "gradient_norm": norm} | added)
-        speed = f"{sum(part.tokens for part in parts) / seconds:,.0f}"
-        self._progress.advance(1, loss=f"{total / weight:.3f}", tokens_per_second=speed)
+        total, added, due = self._world.total(total, added, self._is_due())
+        line = {"step": step, "loss": total / weight, "gradient_norm": norm}
+        self._record(line | ({"added": added} if self._also else {}))
+        speed = sum(part.tokens for part in parts) / (time.perf_counter() - began)
+        self._progress.advance(1, loss=f"{total / weight:.3f}", tokens_per_second=f"{speed:,.0f}")
         self.state.step, self.state.rate = step + 1, self._plan.schedule(step)
         self.state.finished = self.state.step >= self._plan.steps
+        return due > 0
+
+    def _seed(self, step: int, place: int) -> None:
+        """What is drawn for a micro-batch does not depend on what was computed before it."""
+        drawn = (self._plan.seed * 1_000_003 + step) * 1_000_003 + place
+        torch.manual_seed(drawn % (1 << 63))
+
+    def _is_due(self) -> bool:
+        """The first process's clock decides for all."""
+        past = time.monotonic() - self._saved > self._plan.checkpoint_seconds
+        return past and self._world.first
+
+    def _try_hardest(self) -> None:
+        """Run out of memory now, not hours later."""
+        if self._hardest is None or self.state.finished:
+            return
+        self._model.train()
+        self._seed(0, 0)
+        try:
+            self._loss(self._hardest).backward()  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            if "memory" not in str(error):
+                raise
+            raise TrainingError(
+                f"the longest rows, {self._hardest.tokens:,} tokens at once",
+                "need more memory than there is",
+                "lower training.max_length, tune an adapter instead of all weights, or take a "
+                "smaller base",
+            ) from None
+        self._forget_gradients()
 
     def _update(self, step: int) -> float:
         """Clip, guard against NaN, and step every optimiser. Returns the gradient norm."""
-        gradients = [p for p in self._trained.values() if p.grad is not None]
-        limit = self._plan.clip or math.inf
-        norm = float(nn.utils.clip_grad_norm_(gradients, limit))
+        norm = self._world.clip(self._trained.values(), self._plan.clip)
         if math.isfinite(norm):
             self.state.skipped_in_a_row = 0
             factor = self._plan.schedule(step)
@@ -216,9 +257,12 @@ class Loop(Generic[B]):
                 optimizer.step()
         else:
             self._skip(step)
-        for parameter in gradients:
-            parameter.grad = None
+        self._forget_gradients()
         return norm
+
+    def _forget_gradients(self) -> None:
+        for parameter in self._trained.values():
+            parameter.grad = None
 
     def _skip(self, step: int) -> None:
         self.state.skipped += 1
@@ -230,13 +274,13 @@ class Loop(Generic[B]):
                 "lower the learning rate, or look at the rows of this step",
             )
 
-    def _add(self, step: int) -> dict[str, float]:
-        """What the step's loss gets besides, for the log."""
+    def _add(self, step: int) -> float:
+        """Of what the step's loss gets besides, the share of this process."""
         if self._also is None:
-            return {}
-        loss = self._also(step)
+            return 0.0
+        loss = self._also(step) / self._world.size
         loss.backward()  # type: ignore[no-untyped-call]
-        return {"added": loss.item()}
+        return loss.item()
 
     def _record(self, line: dict[str, float]) -> None:
         self.state.train_sum += line["loss"]
@@ -273,17 +317,27 @@ class Loop(Generic[B]):
                 self._trained[name].copy_(value)
 
     def _save(self) -> None:
+        """Keep a checkpoint; every process gives its part, the first writes it."""
+        self._saved = time.monotonic()
         if self._directory is None:
             return
-        lines = "".join(f"{line}\n" for line in self._log)
-        runs.write_atomic(self._directory / "log.jsonl", lines)
         snapshot = checkpoint.Checkpoint(
-            tensors=self._trained,
-            optimizers=[opt.state_dict()["state"] for opt in self._optimizers],
+            tensors=gathered(self._trained, self._world),
+            optimizers=[self._gathered_states(optimizer) for optimizer in self._optimizers],
             state=vars(self.state),
-            best=self._best,
+            best=gathered(self._best, self._world),
         )
-        checkpoint.save(self._directory / "checkpoints", snapshot, self.state.step)
+        if self._world.first:
+            lines = "".join(f"{line}\n" for line in self._log)
+            runs.write_atomic(self._directory / "log.jsonl", lines)
+            checkpoint.save(self._directory / "checkpoints", snapshot, self.state.step)
+
+    def _gathered_states(self, optimizer: torch.optim.Optimizer) -> checkpoint.States:
+        return {
+            name: gathered(optimizer.state[parameter], self._world)
+            for name, parameter in self._trained.items()
+            if parameter in optimizer.state
+        }
 
     def _resume(self) -> None:
         if self._directory is None:
@@ -296,23 +350,31 @@ class Loop(Generic[B]):
         self._check_names(found.tensors)
         with torch.no_grad():
             for name, value in found.tensors.items():
-                self._trained[name].copy_(value)
-        for optimizer, state in zip(self._optimizers, found.optimizers, strict=True):
-            groups = optimizer.state_dict()["param_groups"]
-            optimizer.load_state_dict({"state": dict(state), "param_groups": groups})
-        # Mistakes were not always counted.
+                self._trained[name].copy_(part_like(self._trained[name], value))
+        for optimizer, states in zip(self._optimizers, found.optimizers, strict=True):
+            self._restore(optimizer, states)
         self.state = State(**found.state)
-        if "best_mistakes" not in found.state and math.isfinite(self.state.best_loss):
-            self.state.best_mistakes = 0.0
         if self._resumed:
             self._resumed(self.state)
         # A plan may have become longer since.
         stopped_early = 0 < self._plan.patience <= self.state.waited
         self.state.finished = stopped_early or self.state.step >= self._plan.steps
-        self._best = dict(found.best)
+        self._best = {n: part_like(self._trained[n], value) for n, value in found.best.items()}
         lines = (self._directory / "log.jsonl").read_text().splitlines()
         self._log = lines[: self.state.step]
         self._progress.say(f"going on after step {self.state.step}")
+
+    def _restore(self, optimizer: torch.optim.Optimizer, states: checkpoint.States) -> None:
+        """Give an optimiser the states of its parameters, whatever their order was."""
+        names = {id(parameter): name for name, parameter in self._trained.items()}
+        own = [p for group in optimizer.param_groups for p in group["params"]]
+        numbered = {
+            place: {key: part_like(p, value) for key, value in states[names[id(p)]].items()}
+            for place, p in enumerate(own)
+            if names[id(p)] in states
+        }
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": numbered, "param_groups": groups})
 
     def _check_names(self, tensors: Any) -> None:
         if tensors.keys() != self._trained.keys():

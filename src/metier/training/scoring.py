@@ -11,6 +11,7 @@ from torch import Tensor
 
 from metier.model.backbone import context_of, inner, output_weight
 from metier.model.rows import side_by_side
+from metier.model.world import is_in_parts
 from metier.training.forward import Forward, forward_of, mixed_precision
 from metier.training.losses import Criterion, of_head, of_logits
 
@@ -83,5 +84,6 @@ def _through_logits(
         return found
 
     with mixed_precision(model):
-        logits = side_by_side(read, ids, lengths, context_of(model), wanted)
+        together = is_in_parts(model)
+        logits = side_by_side(read, ids, lengths, context_of(model), wanted, at_once=together)
     return of_logits(logits, criterion)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from metier.errors import TrainingError
+from metier.model.world import World, is_sharded
 from metier.progress import Progress, Silent
 from metier.task import Training
 from metier.training.batches import Batch, Row, RowBatches, cut
@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 
     Model = PreTrainedModel | PeftModel
 
-Judge = Callable[[Batch], tuple[float, float]]
-"""Sum of the losses over a batch's trained tokens, and how many of them would be written wrong."""
+Judge = Callable[[Batch], tuple[float, ...]]
+"""Sum of the losses over a batch's trained tokens, and, where answers can be counted, how many of
+them would be written wrong."""
 
 MICRO_TOKENS = 2048
 """Tokens that are trained on at once."""
@@ -56,6 +57,7 @@ def fit(
     judge: Judge | None = None,
     also: Callable[[int], Tensor] | None = None,
     directory: Path | None = None,
+    world: World | None = None,
     progress: Progress | None = None,
 ) -> State:
     """Train the parameters of `model` that require gradients, with AdamW and a cosine.
@@ -71,17 +73,20 @@ def fit(
         judge: of the validation part; without one, the lowest loss chooses the parameters.
         also: what every step adds to its mean loss, such as a `rehearsal.loss`.
         directory: receives checkpoints and the log; an interrupted run goes on from there.
+        world: the processes that share the work.
         progress: is told every step.
 
     Returns:
         steps, seconds, best loss, learning curve.
 
     Raises:
-        TrainingError: the gradient was not finite three times in a row, or no validation loss was.
+        TrainingError: the gradient was not finite three times in a row, no validation loss was, or
+            memory does not suffice for the longest rows.
 
     """
     batches = row_batches(train, training, seed=seed)
     held_out = cut(validation, MICRO_TOKENS)
+    world = world or World()
     loop = Loop(
         model,
         loss,
@@ -90,33 +95,46 @@ def fit(
         _plan(batches.steps_per_epoch, training, seed),
         also=also,
         directory=directory,
-        evaluate=_evaluation(held_out, loss, judge) if held_out else None,
+        evaluate=_evaluation(held_out, judge or _unjudged(loss), world) if held_out else None,
+        hardest=cut(train, MICRO_TOKENS)[0],
+        world=world,
         progress=progress or Silent(),
     )
     state = loop.run()
-    if held_out and not math.isfinite(state.best_loss):
+    if held_out:
+        _check_finite(state)
+    return state
+
+
+def _check_finite(state: State) -> None:
+    """Refuse parameters that were chosen by nothing."""
+    if not math.isfinite(state.best_loss):
         raise TrainingError(
             "validation part",
             f"its loss was never a finite number in {len(state.curve)} evaluations",
             "lower training.learning_rate, or look whether the base gives numbers at all",
         )
-    return state
 
 
 def _evaluation(
-    held_out: Sequence[Batch], loss: Callable[[Batch], Tensor], judge: Judge | None
+    held_out: Sequence[Batch], judge: Judge, world: World
 ) -> Callable[[], dict[str, float]]:
     """Means over the trained tokens of the validation part."""
     weight = sum(part.weight for part in held_out)
 
-    def losses() -> dict[str, float]:
-        return {"loss": sum(loss(part).item() for part in held_out) / weight}
+    def figures() -> dict[str, float]:
+        judged = [
+            [counts * found for found in judge(part)] for _, part, counts in world.share(held_out)
+        ]
+        sums = world.total(*map(sum, zip(*judged, strict=True)))
+        return dict(zip(("loss", "validation_mistakes"), (s / weight for s in sums), strict=False))
 
-    def losses_and_mistakes(judge: Judge) -> dict[str, float]:
-        found, mistakes = zip(*(judge(part) for part in held_out), strict=True)
-        return {"loss": sum(found) / weight, "validation_mistakes": sum(mistakes) / weight}
+    return figures
 
-    return partial(losses_and_mistakes, judge) if judge else losses
+
+def _unjudged(loss: Callable[[Batch], Tensor]) -> Judge:
+    """The loss alone chooses."""
+    return lambda batch: (loss(batch).item(),)
 
 
 def default_learning_rate(model: Model, *, full: bool) -> float:
@@ -176,9 +194,14 @@ def answer_judge(score: Scorer) -> Judge:
 
 def _adamw(model: torch.nn.Module, rate: float, weight_decay: float) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter 2019) with decay on matrices only."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            # A fused step takes sharded parameters or whole ones, not both at once.
+            kind = parameter.ndim >= 2, is_sharded(parameter)
+            groups.setdefault(kind, []).append(parameter)
+    settings = [
+        {"params": alike, "weight_decay": weight_decay if matrix else 0.0}
+        for (matrix, _), alike in groups.items()
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=rate, fused=True)
+    return torch.optim.AdamW(settings, lr=rate, fused=True)
