@@ -64,8 +64,9 @@ _RESUMABLE = ("demo", "run", "train", "pretrain", "predict")
 def main() -> None:
     """Entry point of the `metier` command."""
     signal.signal(signal.SIGTERM, _terminate)
-    if os.environ.get("RANK", "0") != "0":  # of the processes of torchrun, the first one speaks
-        sys.stdout = io.StringIO()
+    if os.environ.get("RANK", "0") != "0":
+        # Of the processes of torchrun the first one speaks; the others only say what went wrong.
+        sys.stdout, sys.stderr = io.StringIO(), io.StringIO()
     if not sys.warnoptions:  # what libraries will change one day is not the user's to mend
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -111,6 +112,7 @@ def _tell_error(error: Exception, as_json: bool) -> int:
         remedy = "check the path, its permissions and the space left"
         place = str(error.filename or "writing or reading a file")
         error = RunError(place, error.strerror or "failed", remedy)
+    sys.stderr = sys.__stderr__
     if isinstance(error, MetierError):
         _tell(f"error: {error}")
         if as_json:

@@ -16,6 +16,7 @@ import contextlib
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import timedelta
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeGuard, TypeVar
 
@@ -23,12 +24,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from metier.errors import ConfigError
+from metier.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
     from transformers import PreTrainedModel
 
+# While the first process evaluates, the others wait; where it dies, torchrun ends them.
+_PATIENCE = timedelta(days=7)
 # Numbers that are added up over the processes at once.
 _BUCKET = 1 << 24
 
@@ -139,7 +142,12 @@ class World(NamedTuple):
 
 @contextlib.contextmanager
 def joined() -> Iterator[World]:
-    """Meet the other processes that torchrun has started; alone without it."""
+    """Meet the other processes that torchrun has started; alone without it.
+
+    Raises:
+        RunError: another process has gone.
+
+    """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1 or "RANK" not in os.environ:
         yield World()
@@ -148,8 +156,17 @@ def joined() -> Iterator[World]:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend)
-    yield World(dist.get_rank(), size)
+    dist.init_process_group(backend, timeout=_PATIENCE)
+    try:
+        yield World(dist.get_rank(), size)
+    except RuntimeError as error:
+        if "peer" not in str(error):
+            raise
+        raise RunError(
+            f"process {dist.get_rank()}",
+            "has lost another process",
+            "see what that one said; the same command goes on from the last checkpoint",
+        ) from None
     # Not after an error: the others may never come.
     dist.barrier()
     dist.destroy_process_group()
