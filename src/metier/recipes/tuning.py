@@ -83,6 +83,8 @@ def tune(
         base = load_base(arm.base or bench.task.bases()[0], dtype=_weights_dtype(arm))
         rows = making.prepare(bench, arm, making.make_engine(bench, base))
         progress.say(f"{arm.name} is trained on the text between ⟦ and ⟧:\n{rows[0].sample}")
+        for note in dict.fromkeys((*rows[0].notes, *rows[1].notes)):
+            progress.say(f"note: {note}")
         model = _trainable(bench, arm, base, seed)
         progress.stage(f"train {arm.name}, seed {seed}", _steps(bench, arm, rows[0]))
         state = _fit(bench, arm, base, model, rows, seed, rehearsed, scratch, progress)
