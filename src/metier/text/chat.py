@@ -28,6 +28,9 @@ class ChatLayout:
 
     Attributes:
         stop_id: id of the token that the template writes behind an answer, else EOS.
+        writes_stop: the template ends its answers itself.
+        ends: control tokens that end an answer where the template writes them.
+        space: what stands in front of an answer's text and is encoded with it.
 
     Raises:
         ModelError: the template cannot write a question and an answer.
@@ -42,6 +45,9 @@ class ChatLayout:
         # A template that writes no stop token leaves it to us.
         self.stop_id = tokenizer.control_tokens[stop] if stop else tokenizer.eos_id
         self.writes_stop = bool(stop)
+        # An ordinary token may be a stop too, and stand inside an answer: it does not end one.
+        stops = tokenizer.stop_ids | {self.stop_id}
+        self.ends = stops.intersection(tokenizer.control_tokens.values())
 
     def talk(self, messages: list[Message], tools: Tools) -> ChatTalk:
         """One chat, ready to be turned into ids."""
@@ -260,8 +266,8 @@ class ChatTalk:
         """The ids up to the first stop token; what the template writes after that is dropped."""
         if not self._layout.writes_stop:
             return [*ids, self._layout.stop_id]
-        stops = self._tokenizer.stop_ids | {self._layout.stop_id}
-        end = next((place for place, token in enumerate(ids) if token in stops), None)
+        ends = self._layout.ends
+        end = next((place for place, token in enumerate(ids) if token in ends), None)
         if end is None:
             raise ModelError(
                 self._layout.name,
