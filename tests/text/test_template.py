@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from metier.errors import DataError, ModelError
 from metier.records import Message
-from metier.text import template as module
+from metier.text import chat as module
 from metier.text.template import Renderer
 from metier.text.tokenizer import Tokenizer
 from tests.text.conftest import MakeTokenizer
@@ -98,7 +98,11 @@ def test_ids_are_those_of_transformers(
         added = [] if ours.bos_id is None or ids[0] == ours.bos_id else [ours.bos_id]
         return added + ids
 
-    assert renderer.prompt(CHAT[:2]) == oracle(CHAT[:2], True)
+    prompt, asked = renderer.prompt(CHAT[:2]), oracle(CHAT[:2], True)
+    assert prompt[: len(asked)] == asked
+    # What stands between the generation prompt and every answer is no part of an answer.
+    lead = "<|channel|>final<|message|>" if name == "channels" else ""
+    assert ours.decode(prompt[len(asked) :]).replace(" ", "") == lead
     ids = list(renderer.example(CHAT).ids)
     whole = oracle(CHAT, False)
     while whole[-1] not in renderer.stop_ids:
@@ -171,8 +175,7 @@ def test_white_space_around_answers_is_never_seen(renderer: Renderer) -> None:
 def test_a_served_answer_reads_as_the_trained_one(renderer: Renderer) -> None:
     rendered = renderer.example(CHAT)
     start = len(renderer.prompt(CHAT[:-1]))
-    answer = renderer.answer([*rendered.ids[start:], 17, 18])
-    assert answer.removeprefix("<|channel|>final<|message|>") == "Home, to sleep."
+    assert renderer.answer([*rendered.ids[start:], 17, 18]) == "Home, to sleep."
 
 
 def test_exactly_one_bos(renderer: Renderer) -> None:
@@ -258,7 +261,7 @@ def test_tool_calls_are_trained_as_the_template_writes_them(make_tokenizer: Make
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
     answer: Message = {"role": "assistant", "content": None, "tool_calls": [call]}
     shown = renderer.show(renderer.example([say("user", "hi"), answer]))
-    assert shown.endswith('⟦<call>{"name": "f", "arguments": "{}"}</call><|im_end|>⟧')
+    assert shown.endswith('⟦<call>{"name": "f", "arguments": {}}</call><|im_end|>⟧')
 
 
 def test_what_is_shown_marks_what_is_trained(make_tokenizer: MakeTokenizer) -> None:
@@ -292,14 +295,16 @@ def test_a_template_without_a_stop_token_gets_eos(make_tokenizer: MakeTokenizer)
     assert rendered.trained[-1]
 
 
-def test_a_template_that_rewrites_the_prompt_is_refused(make_tokenizer: MakeTokenizer) -> None:
+def test_a_prompt_that_follows_the_answer_is_refused(make_tokenizer: MakeTokenizer) -> None:
     control, _ = FAMILIES["chatml"]
     template = (
-        "{{ messages | length }}{% for m in messages %}{{ m.content + '<|im_end|>' }}{% endfor %}"
+        "{{ messages[-1].content | length }}"
+        "{% for m in messages %}{{ m.content + '<|im_end|>' }}{% endfor %}"
     )
     renderer = Renderer(make_tokenizer("stories260k", control, template), "chat")
-    with pytest.raises(ModelError, match="not prefix-preserving"):
+    with pytest.raises(DataError, match="in another way than it asks") as caught:
         renderer.example(CHAT)
+    assert caught.value.place == "messages[4]"
 
 
 def test_a_template_that_drops_old_reasoning_still_serves(make_tokenizer: MakeTokenizer) -> None:
@@ -314,7 +319,8 @@ def test_a_template_that_drops_old_reasoning_still_serves(make_tokenizer: MakeTo
         make_tokenizer("small", (*control, "<think>", "</think>"), template), "chat"
     )
     rendered = renderer.example(CHAT)
-    assert renderer.show(rendered).endswith("⟦<think></think>Home, to sleep.<|im_end|>⟧")
+    # The empty block is the template's, not the answer's: it belongs to the prompt.
+    assert renderer.show(rendered).endswith("<think></think>⟦Home, to sleep.<|im_end|>⟧")
     assert list(rendered.ids[: len(renderer.prompt(CHAT[:-1]))]) == renderer.prompt(CHAT[:-1])
     assert len(check_turns(renderer, CHAT)) == 2
 

@@ -88,6 +88,8 @@ def tune(
         base = _load(bench, arm, "cpu" if in_parts else "auto")
         rows = making.prepare(bench, arm, making.make_engine(bench, base))
         progress.say(f"{arm.name} is trained on the text between ⟦ and ⟧:\n{rows[0].sample}")
+        for note in dict.fromkeys((*rows[0].notes, *rows[1].notes)):
+            progress.say(f"note: {note}")
         model = _trainable(bench, arm, base, seed)
         if in_parts:
             shard(base.model, world)

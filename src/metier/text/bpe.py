@@ -22,12 +22,13 @@ _SPLIT = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-_CHAT_TEMPLATE = (
+CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "<|{{ message['role'] }}|>{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+"""Template of every tokenizer trained here; pre-training on documents does not teach it."""
 
 
 def train_bpe(texts: Iterable[str], vocabulary: int, directory: Path) -> None:
@@ -76,5 +77,5 @@ def _settings() -> dict[str, Any]:
         "pad_token": PAD,
         "additional_special_tokens": list(ROLES),
         "clean_up_tokenization_spaces": False,
-        "chat_template": _CHAT_TEMPLATE,
+        "chat_template": CHAT_TEMPLATE,
     }

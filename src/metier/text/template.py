@@ -7,23 +7,20 @@ merged across the border. Earlier answers in a chat are encoded apart in the sam
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
-from typing import Any, Protocol
+from typing import Protocol
 
-from metier.errors import DataError, MetierError, ModelError
+from metier.errors import DataError
 from metier.records import Chat, Message
 from metier.runs import fingerprint
 from metier.task import TemplateName
+from metier.text.chat import ChatLayout, Tools
 from metier.text.tokenizer import After, Tokenizer
 
-Tools = Sequence[Mapping[str, Any]]
-
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-_PROBE = "an answer to probe with"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +57,7 @@ class Renderer:
         self.template = template
         self._layout: _Layout
         if template == "chat":
-            self._layout = _ChatLayout(tokenizer)
+            self._layout = ChatLayout(tokenizer)
         else:
             self._layout = _TextLayout(tokenizer, _FORMS[template])
         self.next_turn = "" if template == "chat" else _FORMS[template].user[0].strip()
@@ -73,13 +70,8 @@ class Renderer:
             DataError: the chat is empty, ends with an answer, or does not fit the template.
 
         """
-        if not chat:
-            raise DataError("messages", "are empty", "give at least one user message")
-        if chat[-1].get("role") == "assistant":
-            raise DataError(
-                f"messages[{len(chat) - 1}]", "is already an answer", "end with a user message"
-            )
-        return self._layout.prompt(_checked(chat), tools)
+        _check_asks(chat)
+        return self._layout.talk(_checked(chat), tools).prompt(len(chat))
 
     def example(self, messages: Chat, tools: Tools = ()) -> Rendered:
         """Ids of a whole example; its last message, the answer, is trained, nothing else.
@@ -87,7 +79,7 @@ class Renderer:
         Raises:
             DataError: the last message is no answer or has weight 0, or the chat does not fit
                 the template.
-            ModelError: the chat template rewrites the prompt when the answer is added.
+            ModelError: the chat template does not end the answer with a stop token.
 
         """
         place = f"messages[{len(messages) - 1}]"
@@ -97,10 +89,8 @@ class Renderer:
             raise DataError(
                 place, "has weight 0: nothing would be trained", "leave this example out"
             )
-        prompt = self.prompt(messages[:-1], tools)
-        answer = self._layout.answer(_checked(messages), tools)
-        trained = (False,) * len(prompt) + (True,) * len(answer)
-        return Rendered((*prompt, *answer), trained)
+        _check_asks(messages[:-1])
+        return _row(self._layout.talk(_checked(messages), tools), len(messages) - 1)
 
     def turns(self, messages: Chat, tools: Tools = ()) -> list[Rendered]:
         """Ids of a chat in which every answer is trained, but those of weight 0.
@@ -111,14 +101,16 @@ class Renderer:
 
         Raises:
             DataError: two answers follow each other, or the chat does not fit the template.
-            ModelError: the chat template rewrites the prompt when the answer is added.
+            ModelError: the chat template does not end an answer with a stop token.
 
         """
+        talk = self._layout.talk(_checked(messages), tools)
         rows: list[Rendered] = []
-        for end, message in enumerate(messages, start=1):
+        for index, message in enumerate(messages):
             if message.get("role") != "assistant" or message.get("weight") == 0:
                 continue
-            row = self.example(messages[:end], tools)
+            _check_asks(messages[:index])
+            row = _row(talk, index)
             if rows and row.ids[: len(rows[-1].ids)] == rows[-1].ids:
                 trained = rows.pop().trained
                 row = Rendered(row.ids, (*trained, *row.trained[len(trained) :]))
@@ -145,14 +137,38 @@ class Renderer:
         return fingerprint([self.template, self.tokenizer.fingerprint, sorted(self.stop_ids)])
 
 
+class _Talk(Protocol):
+    """One chat under one template."""
+
+    def prompt(self, end: int) -> list[int]:
+        """Ids of the first `end` messages and of what asks for the answer to them."""
+
+    def answer(self, index: int) -> list[int]:
+        """Ids of the answer at `index`, with its stop token."""
+
+
 class _Layout(Protocol):
     """How one kind of template lays out prompt and answer."""
 
     stop_id: int
 
-    def prompt(self, chat: list[Message], tools: Tools) -> list[int]: ...
+    def talk(self, messages: list[Message], tools: Tools) -> _Talk: ...
 
-    def answer(self, messages: list[Message], tools: Tools) -> list[int]: ...
+
+def _row(talk: _Talk, index: int) -> Rendered:
+    """The example that ends with the answer at `index`."""
+    prompt, answer = talk.prompt(index), talk.answer(index)
+    return Rendered((*prompt, *answer), (False,) * len(prompt) + (True,) * len(answer))
+
+
+def _check_asks(chat: Chat) -> None:
+    """Refuse messages that an answer cannot follow."""
+    if not chat:
+        raise DataError("messages", "are empty", "give at least one user message")
+    if chat[-1].get("role") == "assistant":
+        raise DataError(
+            f"messages[{len(chat) - 1}]", "is already an answer", "end with a user message"
+        )
 
 
 def _checked(chat: Chat) -> list[Message]:
@@ -198,19 +214,29 @@ class _TextLayout:
         self._tokenizer = tokenizer
         self._form = form
 
-    def prompt(self, chat: list[Message], tools: Tools) -> list[int]:
-        _refuse(tools)
+    def talk(self, messages: list[Message], tools: Tools) -> _TextTalk:
+        if tools:
+            raise DataError("tools", "cannot be written by a text template", "set template: chat")
+        return _TextTalk(self._tokenizer, self._form, messages)
+
+
+class _TextTalk:
+    def __init__(self, tokenizer: Tokenizer, form: _Form, messages: list[Message]) -> None:
+        self._tokenizer = tokenizer
+        self._form = form
+        self._messages = messages
+
+    def prompt(self, end: int) -> list[int]:
         ids = [] if self._tokenizer.bos_id is None else [self._tokenizer.bos_id]
         after: After = "start"
-        for stretch in self._stretches(chat):
+        for stretch in self._stretches(self._messages[:end]):
             ids += self._tokenizer.encode(stretch, after)
             after = "text"
         return ids
 
-    def answer(self, messages: list[Message], tools: Tools) -> list[int]:
-        _refuse(tools)
-        content = _text_of(messages[-1], len(messages) - 1)
-        return [*self._tokenizer.encode(content, "text"), self.stop_id]
+    def answer(self, index: int) -> list[int]:
+        content = _text_of(self._messages[index], index)
+        return [*self._tokenizer.encode(content, "text"), self._tokenizer.eos_id]
 
     def _stretches(self, chat: list[Message]) -> Iterator[str]:
         """The text before each answer, each answer, and the text that asks for the next."""
@@ -228,159 +254,9 @@ class _TextLayout:
         yield text + self._form.before_answer
 
 
-def _refuse(tools: Tools) -> None:
-    if tools:
-        raise DataError("tools", "cannot be written by a text template", "set template: chat")
-
-
 def _text_of(message: Message, index: int) -> str:
     if message["role"] in ("tool", "function") or message.get("tool_calls"):
         raise DataError(
             f"messages[{index}]", "uses tools, which text templates cannot", "set template: chat"
         )
     return message.get("content") or ""
-
-
-class _ChatLayout:
-    """``chat``: the tokenizer's own Jinja template."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._stop = self._probe_stop()
-        # A template that writes no stop token leaves it to us.
-        self.stop_id = tokenizer.control_tokens[self._stop] if self._stop else tokenizer.eos_id
-
-    def prompt(self, chat: list[Message], tools: Tools) -> list[int]:
-        disguise = _Disguise(self._tokenizer, chat, tools)
-        text = self._render(disguise, len(chat), True)
-        cuts = [0]
-        for index, message in enumerate(chat):
-            if message["role"] == "assistant":
-                before = self._render(disguise, index, True)
-                # A template that rewrites history (drops old reasoning) has no such border.
-                if text.startswith(before):
-                    cuts.append(len(before))
-        parts = [text[a:b] for a, b in zip(cuts, [*cuts[1:], len(text)], strict=True)]
-        return self._with_bos(self._encode(parts, disguise, "start"))
-
-    def answer(self, messages: list[Message], tools: Tools) -> list[int]:
-        disguise = _Disguise(self._tokenizer, messages, tools)
-        before = self._render(disguise, len(messages) - 1, True)
-        whole = self._render(disguise, len(messages), False)
-        if not whole.startswith(before):
-            raise ModelError(
-                f"chat template of {self._tokenizer.name}",
-                "is not prefix-preserving: it rewrites the prompt once the answer is there",
-                "set template: question-answer, or mend the chat template",
-            )
-        text = whole[len(before) :]
-        last = self._tokenizer.split_control(before)[-1]
-        ids = self._encode([self._until_stop(text)], disguise, "text" if last else "control")
-        return ids if self._stop else [*ids, self.stop_id]
-
-    def _until_stop(self, text: str) -> str:
-        """The answer with its stop token; what the template writes after that is dropped."""
-        if not self._stop:
-            return text
-        if self._stop not in text:
-            raise ModelError(
-                f"chat template of {self._tokenizer.name}",
-                f"does not end this answer with its stop token {self._stop}",
-                "set template: question-answer, or mend the chat template",
-            )
-        return text[: text.index(self._stop) + len(self._stop)]
-
-    def _probe_stop(self) -> str:
-        """The control token that the template writes after an answer, or an empty string."""
-        chat: list[Message] = [
-            {"role": "user", "content": "a question"},
-            {"role": "assistant", "content": _PROBE},
-        ]
-        try:
-            text = self._render(_Disguise(self._tokenizer, chat, ()), 2, False)
-        except DataError as error:
-            raise ModelError(
-                error.place,
-                f"cannot write a plain question and answer: {error.cause}",
-                "set template: question-answer, or mend the chat template",
-            ) from None
-        found = self._tokenizer.control_pattern.search(text.rpartition(_PROBE)[2])
-        return found.group() if found else ""
-
-    def _render(self, disguise: _Disguise, messages: int, add_generation_prompt: bool) -> str:
-        """Disguised text of the first messages."""
-        try:
-            return self._tokenizer.render(
-                disguise.messages[:messages], disguise.tools, add_generation_prompt
-            )
-        except MetierError:
-            raise
-        except Exception as error:  # a template may raise anything
-            raise DataError(
-                f"chat template of {self._tokenizer.name}",
-                f"refuses this chat ({error})",
-                "bring the messages into the order that the template wants",
-            ) from None
-
-    def _encode(self, parts: list[str], disguise: _Disguise, after: After) -> list[int]:
-        """Ids of disguised text: only the control tokens written by the template count."""
-        ids: list[int] = []
-        for part in parts:
-            for index, piece in enumerate(self._tokenizer.split_control(part)):
-                if index % 2:
-                    ids.append(self._tokenizer.control_tokens[piece])
-                    after = "control"
-                elif piece:
-                    ids += self._tokenizer.encode(disguise.take_off(piece), after)
-                    after = "text"
-        return ids
-
-    def _with_bos(self, ids: list[int]) -> list[int]:
-        bos = self._tokenizer.bos_id
-        return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
-
-
-class _Disguise:
-    """Hides control-token strings typed by users while a template runs.
-
-    Each one becomes a private-use character that occurs nowhere else, so that every control
-    token found in the rendered text was written by the template.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, messages: Sequence[Message], tools: Tools) -> None:
-        self._pattern = tokenizer.control_pattern
-        typed = list(_strings([*messages, *tools]))
-        found = sorted({match for text in typed for match in self._pattern.findall(text)})
-        taken = set("".join(typed)) | set(tokenizer.chat_template or "")
-        free = (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in taken)
-        self._masks = dict(zip(found, free, strict=False))
-        self.messages: list[dict[str, Any]] = self._put_on(list(messages))
-        self.tools: list[dict[str, Any]] = self._put_on(list(tools))
-
-    def _put_on(self, value: Any) -> Any:
-        if isinstance(value, str):
-            return self._pattern.sub(lambda match: self._masks[match.group()], value)
-        if isinstance(value, Mapping):
-            return {self._put_on(key): self._put_on(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [self._put_on(item) for item in value]
-        return value
-
-    def take_off(self, text: str) -> str:
-        """Text as the user typed it."""
-        for original, mask in self._masks.items():
-            # A template may have written the character as JSON.
-            text = text.replace(mask, original).replace(json.dumps(mask)[1:-1], original)
-        return text
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _strings(key)
-            yield from _strings(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _strings(item)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from metier.errors import DataError, ModelError
+from metier.text.sandbox import compile_template
 
 if TYPE_CHECKING:
     import tokenizers
@@ -59,6 +60,7 @@ class Tokenizer:
         self.chat_template: str | None = _template_text(backend.chat_template)
         self.stop_ids = frozenset({self.eos_id, *extra_stop_ids})
         self._backend = backend
+        self._special_tokens: dict[str, Any] = dict(backend.special_tokens_map)
         described = json.loads(backend.backend_tokenizer.to_str())
         self._added = {token["content"]: token for token in described["added_tokens"]}
         self.control_tokens = _control_tokens(backend, self._added, self.chat_template or "")
@@ -136,7 +138,7 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool,
     ) -> str:
-        """Text that the chat template writes, in transformers' sandbox.
+        """Text that the chat template writes, in our sandbox.
 
         Raises:
             ModelError: there is no chat template.
@@ -149,13 +151,16 @@ class Tokenizer:
                 "its tokenizer has no chat template",
                 "set template: question-answer, or choose a base with a chat template",
             )
-        text = self._backend.apply_chat_template(
-            [dict(message) for message in messages],
-            tools=[dict(tool) for tool in tools] or None,
+        # Some tokenizers have one template for chats with tools and one for others.
+        offered = [dict(tool) for tool in tools] or None
+        write = compile_template(self._backend.get_chat_template(tools=offered))
+        return write(
+            messages=messages,
+            tools=offered,
+            documents=None,
             add_generation_prompt=add_generation_prompt,
-            tokenize=False,
+            **self._special_tokens,
         )
-        return str(text)
 
     def split_control(self, text: str) -> list[str]:
         """Cut text at control-token strings: text, control, text, control, ..., text.

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from metier.errors import MetierError, TrainingError
 from metier.records import Example
 from metier.task import Training, Turns
+from metier.text.bpe import CHAT_TEMPLATE
 from metier.text.template import Rendered, Renderer
 from metier.training.batches import Row
+
+_MARKUP = (
+    *("<|im_start|>", "<|start_header_id|>", "[INST]", "<<SYS>>", "<start_of_turn>", "<|turn>"),
+    *("<|START_OF_TURN_TOKEN|>", "<|start_of_role|>", "<｜User｜>", "<｜Assistant｜>"),
+    *("<|user|>", "<|assistant|>", "<|system|>", "<|begin_of_text|>", "<s>[INST]"),
+    *("<|im_end|>", "<|eot_id|>", "[/INST]", "<end_of_turn>", "<turn|>", "<|end|>", "</s>"),
+    *("<|END_OF_TURN_TOKEN|>", "<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>"),
+)
+"""What opens and ends turns in the chat templates that people use."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +32,7 @@ class Prepared:
         examples: behind the rows, one for each.
         sample: one example as text, its trained tokens between ⟦ and ⟧.
         dropped: rows left out, by reason.
+        notes: what may be meant otherwise, in words.
 
     """
 
@@ -28,6 +40,7 @@ class Prepared:
     examples: list[Example]
     sample: str
     dropped: dict[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def prepare(
@@ -47,9 +60,11 @@ def prepare(
         part: name of the part, for messages.
 
     Raises:
-        TrainingError: a row has no trained token, does not train its stop token, or is too long.
+        TrainingError: a row has no trained token, does not train its stop token, or is too long;
+            the template leaves a part of it out; or the data is rendered already.
 
     """
+    notes = (*_of_template(renderer), *_of_markup(examples, renderer, part))
     most = longest(training, limit)
     found = [(row, e) for e in examples for row in render(e, renderer, training.turns)]
     for row, example in found:
@@ -65,7 +80,56 @@ def prepare(
     rows, kept = [row for row, _ in fitting], [example for _, example in fitting]
     dropped = len(found) - len(fitting)
     shown = renderer.show(Rendered(rows[0].ids, rows[0].trained))
-    return Prepared(rows, kept, shown, {f"{part} rows": dropped} if dropped else {})
+    return Prepared(rows, kept, shown, {f"{part} rows": dropped} if dropped else {}, notes)
+
+
+def _of_template(renderer: Renderer) -> list[str]:
+    """Say where a base that may know a chat template is trained with another."""
+    own = renderer.tokenizer.chat_template
+    if renderer.template == "chat" or own in (None, CHAT_TEMPLATE):
+        return []
+    return [
+        f"{renderer.tokenizer.name} has a chat template of its own, but template is "
+        f"{renderer.template}: if it was taught to chat, template: chat is the form it knows"
+    ]
+
+
+def _of_markup(examples: Sequence[Example], renderer: Renderer, part: str) -> list[str]:
+    """Refuse data that was rendered already; say where a few rows look like it.
+
+    Typed control tokens are trained as the characters they are: right in a text about chat
+    templates, wrong where they were meant as turns, calls or reasoning.
+    """
+    pattern = _markup(renderer)
+    found = [(e, hit) for e in examples if (hit := _first_hit(pattern, e))]
+    if not found:
+        return []
+    first, token = found[0]
+    place = first.source or f"example {first.id}"
+    told = f"{len(found):,} of {len(examples):,} {part} rows begin or end with control tokens"
+    if 1 < len(found) >= len(examples) / 2:
+        raise TrainingError(
+            place,
+            f"begins or ends with '{token}', and {told}: as text they would be trained as the "
+            "characters they are",
+            "write messages without the markup of a chat template: plain text by role, calls as "
+            "tool_calls, answers without reasoning tokens",
+        )
+    return [f"{told}, such as '{token}' in {place}: they are trained as ordinary characters"]
+
+
+def _first_hit(pattern: re.Pattern[str], example: Example) -> str:
+    contents = (message.get("content") or "" for message in example.messages)
+    return next((hit.group().strip() for text in contents if (hit := pattern.search(text))), "")
+
+
+def _markup(renderer: Renderer) -> re.Pattern[str]:
+    """Markup at either end of a text; under a chat template all that it writes counts."""
+    own = renderer.tokenizer.chat_template or ""
+    control = renderer.tokenizer.control_tokens if renderer.template == "chat" else ()
+    wanted = {*_MARKUP, *(token for token in control if token in own)}
+    tokens = "|".join(map(re.escape, sorted(wanted, key=len, reverse=True)))
+    return re.compile(rf"\A\s*(?:{tokens})|(?:{tokens})\s*\Z")
 
 
 def longest(training: Training, limit: int | None) -> int:
