@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ def tune(
     directory: Path,
     scratch: Path,
 ) -> None:
-    """Train an arm and write adapter or model, head, wording and facts into `directory`.
+    """Train an arm; write adapter or model, head, wording, log and facts into `directory`.
 
     Args:
         bench: what it is made from.
@@ -87,6 +88,7 @@ def tune(
         progress.stage(f"train {arm.name}, seed {seed}", _steps(bench, arm, rows[0]))
         state = _fit(bench, arm, base, model, rows, seed, rehearsed, scratch, progress)
     _write(arm, base, model, directory)
+    shutil.copyfile(scratch / "log.jsonl", directory / "log.jsonl")
     _write_facts(state, rows, seed, memory.peak, directory)
 
 
