@@ -4,7 +4,7 @@ WORKERS ?= 2
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup demo test lint types check bench reference pins
+.PHONY: help setup demo test lint types check soak bench reference pins
 
 help:  ## Show what can be made.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ types: $(READY)  ## Check types.
 	$(BIN)/mypy
 
 check: lint types test  ## Everything a change must pass.
+
+soak: $(READY)  ## Kill trainings 200 times; they must end as if nobody had (minutes).
+	$(BIN)/python benchmarks/soak.py
 
 bench: $(READY)  ## Measure again what the documentation claims (hours; needs the data sets).
 	set -e; for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python $$script; done

@@ -16,6 +16,15 @@ PAGE = ROOT / "docs" / "results.md"
 CARD = ROOT / "src" / "metier" / "model" / "starter" / "README.md"
 
 
+RELIABILITY = ROOT / "docs" / "reliability.md"
+
+
+@pytest.fixture
+def soak(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return load_script(ROOT / "benchmarks" / "soak.py")
+
+
 @pytest.fixture(scope="module")
 def verdicts() -> ModuleType:
     return load_script(ROOT / "benchmarks" / "verdicts.py")
@@ -55,3 +64,14 @@ def test_blimp_is_quoted_as_measured(document: Path) -> None:
     quoted = re.search(r"BLiMP.*?([0-9]+\.[0-9]) %", document.read_text("utf-8"))
     assert quoted
     assert float(quoted[1]) == round(100 * row["value"], 1)
+
+
+def test_the_soak_is_quoted_as_it_went(soak: ModuleType) -> None:
+    outcome = json.loads(soak.RESULTS.read_text("utf-8"))
+    assert soak.BEGIN + soak.block(outcome) + soak.END in RELIABILITY.read_text("utf-8")
+    assert all(row["holds"] for row in outcome["rows"])
+    assert outcome["inside_save"] >= soak.LEAST_INSIDE
+    assert {row["scenario"] for row in outcome["rows"]} == {*soak.SCENARIOS, *soak.SWEEPS}
+    assert {"metier", "torch", "processor", "cores"} <= outcome["versions"].keys()
+    wrong = outcome["rows"][0] | {"identical": False, "holds": False, "differing": "log.jsonl"}
+    assert "WHICH IT MUST NOT (log.jsonl)" in soak.line(wrong)

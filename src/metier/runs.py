@@ -25,9 +25,11 @@ from pathlib import Path
 from typing import Any
 
 from metier.errors import MetierError, RunError
+from metier.progress import Progress
 
 MANIFEST = "manifest.json"
 _TEMPORARY = ".partial-"
+_KEY = 12
 
 
 def fingerprint(value: Any) -> str:
@@ -203,7 +205,7 @@ class Run:
 
     def stage_path(self, name: str, inputs: Mapping[str, Any]) -> Path:
         """Where `stage` puts what it makes; it exists once that is whole."""
-        return self.path / f"{name}-{fingerprint(inputs)[:12]}"
+        return self.path / f"{name}-{fingerprint(inputs)[:_KEY]}"
 
     def stage(self, name: str, inputs: Mapping[str, Any], make: Callable[[Path], None]) -> Path:
         """Return the stage's directory, making it unless it is there, whole, for these inputs.
@@ -233,6 +235,20 @@ class Run:
             about["seconds"] = time.monotonic() - began
         self.seconds[path.name] = about["seconds"]
         return path
+
+
+def begun(path: Path, progress: Progress) -> Path:
+    """A directory of unfinished work, its name ended as that of a stage.
+
+    Where it is not there but others of its name are, the work begins anew, and that is said.
+    """
+    others = sorted(path.parent.glob(f"{path.name[:-_KEY]}{'?' * _KEY}"))
+    if others and not path.exists():
+        progress.say(
+            f"{path.name} begins anew: {others[-1]} is of other data, settings or code; put those "
+            "back to go on with it, or delete it"
+        )
+    return path
 
 
 def versions() -> dict[str, str]:

@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from metier.errors import TrainingError
+from metier.progress import Silent
 from metier.runs import file_hash
 from metier.training.loop import Loop, Plan, cosine, trapezoid
 
@@ -49,6 +51,7 @@ def make(
     evaluate: Callable[[], dict[str, float]] | None = None,
     patience: int = 0,
     every: int = 5,
+    progress: Silent | None = None,
 ) -> tuple[nn.Module, Loop[Points]]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.2), nn.Linear(8, 1)).double()
@@ -61,8 +64,9 @@ def make(
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
     return model, Loop(
-        model, loss, stream, [optimizer], plan, directory=directory, evaluate=evaluate
-    )
+        model, loss, stream, [optimizer], plan, directory=directory, evaluate=evaluate,
+        progress=progress,
+    )  # fmt: skip
 
 
 def weights(model: nn.Module) -> Tensor:
@@ -175,20 +179,67 @@ def test_a_checkpoint_from_before_seconds_were_kept_is_read(tmp_path: Path) -> N
     assert loop.state.seconds > 0
 
 
+class Told(Silent):
+    """What a person is told."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+
 def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
-    whole, loop = make(Stream())
+    """At any place of any of its files; what follows is as if nothing had been."""
+    whole, loop = make(Stream(), directory=tmp_path / "whole")
+    loop.run()
+    log = (tmp_path / "whole" / "log.jsonl").read_bytes()
+    _, loop = make(DyingStream(20), directory=tmp_path / "cut")
+    with pytest.raises(Killed):
+        loop.run()
+    for broken in sorted((tmp_path / "cut" / "checkpoints" / "step-000000020").iterdir()):
+        shutil.copytree(tmp_path / "cut", tmp_path / broken.name)
+        broken = tmp_path / broken.name / "/".join(broken.parts[-3:])
+        content = bytearray(broken.read_bytes())
+        content[len(content) // 3] ^= 1
+        broken.write_bytes(content)
+        told = Told()
+        continued, loop = make(Stream(), directory=tmp_path / broken.name, progress=told)
+        loop.run()
+        assert torch.equal(weights(whole), weights(continued))
+        assert (tmp_path / broken.name / "log.jsonl").read_bytes() == log
+        assert told.lines[0].startswith("a damaged checkpoint was passed over: ")
+        assert str(broken.parent) in told.lines[0]
+        assert told.lines[1:] == ["going on after step 19"]
+
+
+@pytest.mark.parametrize(
+    ("harm", "lost"),
+    [
+        (Path.unlink, 20),
+        (lambda path: path.write_bytes(path.read_bytes()[:-10]), 1),
+        (lambda path: path.write_bytes(b"\xff{]" + path.read_bytes()[3:]), 1),
+        (lambda path: path.write_text('7\n"step"\n[]\n{}\n{"step": []}\n'), 20),
+    ],
+)
+def test_a_damaged_log_does_not_stop_a_run(
+    tmp_path: Path, harm: Callable[[Path], object], lost: int
+) -> None:
+    whole, loop = make(Stream(), directory=tmp_path / "whole")
     loop.run()
     _, loop = make(DyingStream(20), directory=tmp_path)
     with pytest.raises(Killed):
         loop.run()
-    newest = max((tmp_path / "checkpoints").iterdir())
-    broken = newest / "model.safetensors"
-    content = bytearray(broken.read_bytes())
-    content[-1] ^= 1
-    broken.write_bytes(content)
-    continued, loop = make(Stream(), directory=tmp_path)
+    log = tmp_path / "log.jsonl"
+    harm(log)
+    told = Told()
+    continued, loop = make(Stream(), directory=tmp_path, progress=told)
     loop.run()
     assert torch.equal(weights(whole), weights(continued))
+    assert told.lines[0] == f"{log}: of the steps done, {lost} lines are lost"
+    lines, expected = (p.read_text().splitlines() for p in (log, tmp_path / "whole" / "log.jsonl"))
+    assert len(lines) == 30 - lost
+    assert [line for line in expected if line in lines] == lines
 
 
 def test_one_bad_gradient_is_skipped_and_three_in_a_row_stop_the_run() -> None:
@@ -245,14 +296,15 @@ def test_the_fewest_mistakes_choose_before_the_lowest_loss(tmp_path: Path) -> No
 def test_a_checkpoint_of_other_parameters_is_refused(tmp_path: Path) -> None:
     _, loop = make(Stream(), directory=tmp_path, steps=2)
     loop.run()
-    model = nn.Linear(3, 1)
-    optimizer = torch.optim.AdamW(model.parameters())
-    other: Loop[Points] = Loop(
-        model, lambda b: model(b.x).sum(), Stream(), [optimizer], Plan(2, cosine(2, 0)),
-        directory=tmp_path,
-    )  # fmt: skip
-    with pytest.raises(TrainingError, match="other parameters"):
-        other.run()
+    wider = nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.2), nn.Linear(8, 1))
+    for model, first in ((nn.Linear(3, 1), "0.bias"), (wider, "0.weight")):
+        optimizer = torch.optim.AdamW(model.parameters())
+        other: Loop[Points] = Loop(
+            model, lambda b: b.x.sum(), Stream(), [optimizer], Plan(2, cosine(2, 0)),
+            directory=tmp_path,
+        )  # fmt: skip
+        with pytest.raises(TrainingError, match=f"other parameters.*{first}"):
+            other.run()
 
 
 def test_schedules() -> None:

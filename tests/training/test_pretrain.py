@@ -13,6 +13,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from metier.errors import ConfigError, DataError
+from metier.model.llama import has_compiler
 from metier.progress import Silent
 from metier.runs import verify
 from metier.training import pretrain as module
@@ -201,6 +202,57 @@ def test_changed_text_makes_new_stages(tmp_path: Path) -> None:
     run(path, out)
     new = sorted(name.split("-")[0] for name in stages() - second)
     assert new == ["model", "tokenizer", "tokens", "training"]
+
+
+@pytest.mark.parametrize(
+    ("at", "left"), [("train tokenizer", set()), ("tokenise second (held out)", {"tokenizer"})]
+)
+def test_text_that_changes_while_it_is_read_is_refused(
+    tmp_path: Path, at: str, left: set[str]
+) -> None:
+    """Else a stage would be named by a text that it was not made of."""
+    path, out = recipe(tmp_path, tokens=768), tmp_path / "out"
+
+    def edit() -> None:
+        with (tmp_path / "second.jsonl").open("a") as corpus:
+            corpus.write("\n" + json.dumps({"text": "\n".join(["two birds sang"] * 20)}))
+
+    with pytest.raises(DataError, match="was changed while it was read") as caught:
+        run(path, out, Interrupted(at, edit))
+    assert caught.value.place == str(tmp_path / "second.jsonl")
+    assert {name.name.split("-")[0] for name in out.glob("[!.]*")} == left
+    assert weights(run(path, out)) == weights(run(path, tmp_path / "clean"))
+
+
+def test_text_that_changes_after_an_interruption_begins_anew(tmp_path: Path) -> None:
+    interrupted(tmp_path, 6, after=3)
+    (begun,) = (tmp_path / "out").glob("training-*")
+    with (tmp_path / "first.jsonl").open("a") as corpus:
+        corpus.write("\n" + json.dumps({"text": "\n".join(["a new cat sat"] * 20)}))
+    path, told = tmp_path / "tiny.yaml", Told()
+    found = run(path, tmp_path / "out", told)
+    (line,) = [line for line in told.lines if "begins anew" in line]
+    assert f"{begun} is of other data, settings or code" in line
+    assert weights(found) == weights(run(path, tmp_path / "clean"))
+    assert not any("going on after" in line for line in told.lines)
+
+
+def test_without_a_compiler_nothing_is_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that is worth compiling for falls back, and gives what an uncompiled one gives."""
+    path = recipe(tmp_path, tokens=3 * 768)
+    expected = run(path, tmp_path / "plain")
+    compiled: list[object] = []
+    monkeypatch.setattr(torch, "compile", lambda function, **_: compiled.append(0) or function)
+    monkeypatch.setattr(module, "_WORTH_COMPILING", 0)
+    if has_compiler():
+        run(path, tmp_path / "compiled")
+        assert compiled, "the control"
+    compiled.clear()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert weights(run(path, tmp_path / "fallen back")) == weights(expected)
+    assert not compiled
 
 
 def test_without_held_out_text_of_its_own_the_last_parameters_are_kept(tmp_path: Path) -> None:

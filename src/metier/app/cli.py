@@ -8,6 +8,7 @@ Nothing heavy is imported before a command needs it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import io
 import os
@@ -58,6 +59,7 @@ Json = Annotated[
 
 _T = TypeVar("_T")
 _NONE: list[str] = []
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _RESUMABLE = ("demo", "run", "train", "pretrain", "predict")
 
 
@@ -103,13 +105,16 @@ def _told(command: str, as_json: bool) -> Iterator[None]:
     except Exception as error:
         if os.environ.get("METIER_DEBUG") == "1":
             traceback.print_exc()
-        raise typer.Exit(_tell_error(error, as_json)) from None
+        raise typer.Exit(_tell_error(error, command, as_json)) from None
 
 
-def _tell_error(error: Exception, as_json: bool) -> int:
+def _tell_error(error: Exception, command: str, as_json: bool) -> int:
     """Say what is wrong; returns the exit code."""
     if isinstance(error, OSError) and error.errno:
         remedy = "check the path, its permissions and the space left"
+        if error.errno in _NO_ROOM:
+            go_on = ", then give the same command again: it goes on where it stopped"
+            remedy = "make room there" + (go_on if command in _RESUMABLE else "")
         place = str(error.filename or "writing or reading a file")
         error = RunError(place, error.strerror or "failed", remedy)
     sys.stderr = sys.__stderr__

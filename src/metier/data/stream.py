@@ -12,7 +12,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, NamedTuple
@@ -111,6 +111,23 @@ def file_hashes(source: Source, base: Path) -> dict[str, str]:
         )
         for path in matching_files(source, base)
     }
+
+
+def refuse_edits(source: Source, base: Path, hashes: Mapping[str, str]) -> None:
+    """Make sure that the files of a source are still those of `file_hashes`.
+
+    Raises:
+        DataError: one was changed, added or removed since.
+
+    """
+    found = file_hashes(source, base)
+    for name in sorted(found.keys() | hashes.keys()):
+        if found.get(name) != hashes.get(name):
+            raise DataError(
+                str(base / name),
+                "was changed while it was read",
+                "leave it as it is now and give the same command again: it begins with this text",
+            )
 
 
 def _plain_name(path: Path) -> str:

@@ -42,7 +42,10 @@ class Checkpoint:
 
 
 def save(directory: Path, checkpoint: Checkpoint, step: int) -> Path:
-    """Publish a checkpoint as `directory`/step-N and delete all but the newest two."""
+    """Publish a checkpoint as `directory`/step-N; of the others only the one before it stays.
+
+    One of a later step is damaged: training went on from one before it.
+    """
     path = directory / f"{_PREFIX}{step:09d}"
     if path.exists():
         shutil.rmtree(path)
@@ -53,8 +56,10 @@ def save(directory: Path, checkpoint: Checkpoint, step: int) -> Path:
         _write(target / "optimizer.safetensors", tensors)
         state = {"state": dict(checkpoint.state), "optimizers": numbers}
         (target / "state.json").write_text(json.dumps(state))
-    for old in _found(directory)[:-_KEPT]:
-        shutil.rmtree(old, ignore_errors=True)
+    found = _found(directory)
+    kept = found[: found.index(path) + 1][-_KEPT:]
+    for other in set(found).difference(kept):
+        shutil.rmtree(other, ignore_errors=True)
     return path
 
 
@@ -75,7 +80,7 @@ def load_newest(directory: Path) -> tuple[Checkpoint | None, tuple[str, ...]]:
             runs.verify(path)
             return _read(path), tuple(problems)
         except RunError as error:
-            problems.append(str(error))
+            problems.append(f"{error.place} {error.cause}")
     if found:
         raise RunError(
             str(directory),

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from metier import runs
 from metier.data.ledger import Opening, open_test
 from metier.evaluation import forgetting, runner
 from metier.model.load import load_base
@@ -113,8 +114,10 @@ class Stages:
 
     def _resumable(self, name: str, inputs: Inputs, make: Callable[[Path, Path], None]) -> Path:
         """A stage whose `make` is also given a directory that outlives an interruption."""
-        scratch = self._run.path / "unfinished" / f"{name}-{fingerprint(inputs)[:12]}"
-        path = self._run.stage(name, inputs, lambda target: make(target, scratch))
+        scratch = self._run.path / "unfinished" / self._run.stage_path(name, inputs).name
+        path = self._run.stage(
+            name, inputs, lambda target: make(target, runs.begun(scratch, self._progress))
+        )
         shutil.rmtree(scratch, ignore_errors=True)
         return path
 

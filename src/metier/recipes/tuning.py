@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ def tune(
     scratch: Path,
     world: World | None = None,
 ) -> None:
-    """Train an arm and write adapter or model, head, wording and facts into `directory`.
+    """Train an arm; write adapter or model, head, wording, log and facts into `directory`.
 
     Args:
         bench: what it is made from.
@@ -105,6 +106,7 @@ def tune(
         model = _trainable(bench, arm, base, seed)
         model.load_state_dict(found, strict=False)
     _write(arm, base, model, directory)
+    shutil.copyfile(scratch / "log.jsonl", directory / "log.jsonl")
     _write_facts(state, rows, seed, memory.peak, directory)
 
 

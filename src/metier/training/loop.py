@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -360,8 +360,7 @@ class Loop(Generic[B]):
         stopped_early = 0 < self._plan.patience <= self.state.waited
         self.state.finished = stopped_early or self.state.step >= self._plan.steps
         self._best = {n: part_like(self._trained[n], value) for n, value in found.best.items()}
-        lines = (self._directory / "log.jsonl").read_text().splitlines()
-        self._log = lines[: self.state.step]
+        self._read_log(self._directory / "log.jsonl")
         self._progress.say(f"going on after step {self.state.step}")
 
     def _restore(self, optimizer: torch.optim.Optimizer, states: checkpoint.States) -> None:
@@ -376,11 +375,27 @@ class Loop(Generic[B]):
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": numbered, "param_groups": groups})
 
-    def _check_names(self, tensors: Any) -> None:
-        if tensors.keys() != self._trained.keys():
-            different = sorted(tensors.keys() ^ self._trained.keys())[0]
+    def _read_log(self, path: Path) -> None:
+        """The lines of the steps done. They are a record alone: without some a run goes on, too."""
+        text = path.read_text(errors="replace") if path.exists() else ""
+        self._log = [line for line in text.splitlines() if _step_of(line) < self.state.step]
+        if lost := self.state.step - len(self._log):
+            self._progress.say(f"{path}: of the steps done, {lost} lines are lost")
+
+    def _check_names(self, tensors: Mapping[str, Tensor]) -> None:
+        kept = {(name, tensor.shape) for name, tensor in tensors.items()}
+        if wrong := kept ^ {(name, p.shape) for name, p in self._trained.items()}:
+            different = min(name for name, _ in wrong)
             raise TrainingError(
                 str(self._directory),
                 f"the checkpoint trains other parameters (first difference: {different})",
                 "give another output directory, or the settings of the first start",
             )
+
+
+def _step_of(line: str) -> float:
+    """Step of a line of the log; infinity where it cannot be read."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, LookupError, TypeError):
+        return math.inf

@@ -211,6 +211,12 @@ def _inputs(sources: Sequence[stream.Source], files: Files) -> list[dict[str, An
     return [source.model_dump(mode="json") | {"files": files[source.name]} for source in sources]
 
 
+def _refuse_edits(sources: Sequence[stream.Source], root: Path, files: Files) -> None:
+    """A stage is named by the text as it was hashed: what was read must be that."""
+    for source in sources:
+        stream.refuse_edits(source, root, files[source.name])
+
+
 def _tokenizer_stage(
     run: runs.Run, config: PretrainConfig, root: Path, files: Files, progress: Progress
 ) -> Path:
@@ -223,6 +229,7 @@ def _tokenizer_stage(
     def make(directory: Path) -> None:
         progress.stage("train tokenizer")
         bpe.train_bpe(_sample(config, root), config.shape.vocabulary, directory)
+        _refuse_edits(_trained(config), root, files)
 
     return run.stage("tokenizer", inputs, make)
 
@@ -283,6 +290,7 @@ def _tokens_stage(
                 eos=_EOS,
                 vocabulary=config.shape.vocabulary,
             )
+        _refuse_edits(config.sources, root, files)
 
     return run.stage("tokens", inputs, make)
 
@@ -334,7 +342,7 @@ def _train(
         _mixture(config, tokens_dir, tokenizer),
         muon_and_adam(model, config.learning_rate, config.weight_decay),
         plan,
-        directory=run.path / f"training-{_recipe_key(config, tokens_dir)}",
+        directory=runs.begun(run.path / f"training-{_recipe_key(config, tokens_dir)}", progress),
         evaluate=(lambda: _evaluate(loss, held_out, progress)) if held_out else None,
         resumed=lambda state: _check_resumed(state, plan, config, progress),
         progress=progress,
