@@ -18,7 +18,7 @@ from metier.model import checkpoint
 from metier.model.load import load_base
 from metier.progress import Silent
 from metier.recipes import tuning
-from metier.recipes.experiment import Experiment
+from metier.recipes.stages import Stages
 from metier.recipes.workbench import open_workbench, read_task
 from metier.runs import Run
 from metier.task import Arm
@@ -111,7 +111,7 @@ def tune(arm: str) -> Callable[[Path, Path], None]:
         rehearsal.TEXTS, rehearsal._SIDE_BY_SIDE, rehearsal.LENGTH = 32, 32, 16
         bench = open_workbench(read_task(inputs / "task.yaml"), inputs)
         with Run(out) as run:
-            Experiment(bench, run, Silent()).make(Arm.of(arm), 0)
+            Stages(bench, run, Silent()).make(Arm.of(arm), 0)
 
     return train
 

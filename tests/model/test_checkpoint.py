@@ -20,7 +20,7 @@ def snapshot(step: int) -> Checkpoint:
     moments = {"exp_avg": torch.full((2,), step / 7), "step": torch.tensor(float(step))}
     return Checkpoint(
         tensors={"weight": torch.full((2, 3), float(step)), "bias": torch.tensor([step / 3])},
-        optimizers=[{0: moments, 1: {"buffer": torch.ones(1), "count": step}}],
+        optimizers=[{"bias": moments, "weight": {"buffer": torch.ones(1), "count": step}}],
         state={"step": step, "curve": [{"loss": step / 9}], "finished": False},
         best={"weight": torch.full((2, 3), -float(step))},
     )
@@ -30,8 +30,8 @@ def content(found: Checkpoint) -> str:
     """All of it as text, exactly."""
     optimizers = [
         {
-            index: {key: str(value) for key, value in sorted(state.items())}
-            for index, state in o.items()
+            name: {key: str(value) for key, value in sorted(state.items())}
+            for name, state in sorted(o.items())
         }
         for o in found.optimizers
     ]

@@ -66,13 +66,18 @@ _RESUMABLE = ("demo", "run", "train", "pretrain", "predict")
 def main() -> None:
     """Entry point of the `metier` command."""
     signal.signal(signal.SIGTERM, _terminate)
-    if os.environ.get("RANK", "0") != "0":
+    if _follows():
         # Of the processes of torchrun the first one speaks; the others only say what went wrong.
         sys.stdout, sys.stderr = io.StringIO(), io.StringIO()
     if not sys.warnoptions:  # what libraries will change one day is not the user's to mend
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
     app()
+
+
+def _follows() -> bool:
+    """Whether torchrun has started this process as another than the first."""
+    return os.environ.get("RANK", "0") != "0"
 
 
 def _terminate(number: int, _: FrameType | None) -> None:
@@ -117,7 +122,8 @@ def _tell_error(error: Exception, command: str, as_json: bool) -> int:
             remedy = "make room there" + (go_on if command in _RESUMABLE else "")
         place = str(error.filename or "writing or reading a file")
         error = RunError(place, error.strerror or "failed", remedy)
-    sys.stderr = sys.__stderr__
+    if _follows():
+        sys.stderr = sys.__stderr__
     if isinstance(error, MetierError):
         _tell(f"error: {error}")
         if as_json:
