@@ -180,7 +180,7 @@ def test_a_call_may_end_with_a_stop_of_its_own(load: Load, tmp_path: Path, name:
 
 
 def test_an_ordinary_stop_token_does_not_cut_an_answer(tmp_path: Path) -> None:
-    """Some bases name a line break in generation_config.json; answers have lines all the same."""
+    """Where generation_config.json names a line break, answers may have lines all the same."""
     directory = write_tokenizer("llama3", FAMILIES["llama3"], tmp_path)
     (line_break,) = Tokenizer.load(directory).encode("\n", "text")
     stops = {"eos_token_id": [line_break]}
