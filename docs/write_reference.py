@@ -13,7 +13,7 @@ from typing import Any
 from metier.config import Config
 from metier.evaluation.schema import Verdict
 from metier.task import Task
-from metier.training.pretrain import PretrainConfig
+from metier.training.pretrain_config import PretrainConfig
 
 PAGE = Path(__file__).parent / "reference.md"
 FILES: dict[str, type[Config]] = {

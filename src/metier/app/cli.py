@@ -266,7 +266,7 @@ def pretrain(
     overrides: Overrides = _NONE,
     as_json: Json = False,
 ) -> None:
-    """Train a tokenizer and a small base from random weights on text."""
+    """Train a base on text: a new one from random weights, or a given one further."""
     from metier import recipes
     from metier.app.terminal import TerminalProgress
 

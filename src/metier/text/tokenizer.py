@@ -35,6 +35,8 @@ class Tokenizer:
     Attributes:
         bos_id: id of the beginning-of-sequence token, or None.
         eos_id: id of the end-of-sequence token.
+        opening_id: id that a text begins after: `bos_id`, else `eos_id`, which ends the text
+            before it.
         pad_id: id used to fill batches: the padding token, else `eos_id` (never looked at).
         stop_ids: ids that end an answer: `eos_id` and those of generation_config.json.
         vocab_size: number of ids; every id is below it.
@@ -55,6 +57,7 @@ class Tokenizer:
         self.name = name
         self.bos_id: int | None = backend.bos_token_id
         self.eos_id: int = backend.eos_token_id
+        self.opening_id: int = self.eos_id if self.bos_id is None else self.bos_id
         self.pad_id: int = self.eos_id if backend.pad_token_id is None else backend.pad_token_id
         self.chat_template: str | None = _template_text(backend.chat_template)
         self.stop_ids = frozenset({self.eos_id, *extra_stop_ids})
@@ -93,7 +96,27 @@ class Tokenizer:
                 control token.
 
         """
-        ids = self._encode_after(text, after)
+        return self._checked(self._encode_after(text, after), text, after)
+
+    def encode_batch(self, texts: Sequence[str], begins: Sequence[bool]) -> list[list[int]]:
+        """`encode` of many texts, on all cores.
+
+        Args:
+            texts: what to encode.
+            begins: of each, whether it stands at the start; else it goes on a text.
+
+        """
+        leads = ["" if start or not self._marks_start else "\n" for start in begins]
+        joined = [lead + text for lead, text in zip(leads, texts, strict=True)]
+        batch = self._plain.encode_batch_fast(joined, add_special_tokens=False)
+        found = []
+        for lead, text, encoding in zip(leads, texts, batch, strict=True):
+            ids = self._after_newline(encoding.ids, text) if lead else list(encoding.ids)
+            found.append(self._checked(ids, text, "text" if lead else "start"))
+        return found
+
+    def _checked(self, ids: list[int], text: str, after: After) -> list[int]:
+        """Ids of a text without those of control tokens."""
         if self._control_ids.isdisjoint(ids):
             return ids
         # The vocabulary itself holds a control string (Unigram, WordLevel): cut through it.
@@ -112,9 +135,13 @@ class Tokenizer:
             ids = self._raw(_SENTINEL + text)
             return ids[ids.index(self._sentinel) + 1 :]
         if after == "text" and self._marks_start:
-            ids = self._raw("\n" + text)
-            if ids[: len(self._newline)] == self._newline:
-                return ids[len(self._newline) :]
+            return self._after_newline(self._raw("\n" + text), text)
+        return self._raw(text)
+
+    def _after_newline(self, ids: list[int], text: str) -> list[int]:
+        """Ids of a text from those of a newline and it."""
+        if ids[: len(self._newline)] == self._newline:
+            return ids[len(self._newline) :]
         return self._raw(text)
 
     def _raw(self, text: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""Optimisers for training from random weights."""
+"""Optimisers: one for random weights, one for weights that are trained further."""
 
 from __future__ import annotations
 
@@ -32,3 +32,13 @@ def muon_and_adam(
             others, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
         ),
     ]
+
+
+def adamw(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter 2019) over what is trained, with decay on matrices only."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, fused=True)

@@ -23,6 +23,7 @@ from metier.task import Training
 from metier.training.batches import Batch, Row, RowBatches, cut
 from metier.training.loop import Loop, Plan, State, cosine
 from metier.training.losses import next_tokens
+from metier.training.optimizers import adamw
 from metier.training.scoring import Scorer
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def fit(
         model,
         loss,
         batches,
-        [_adamw(model, learning_rate, training.weight_decay)],
+        [adamw(model, learning_rate, training.weight_decay)],
         _plan(batches.steps_per_epoch, training, seed),
         also=also,
         directory=directory,
@@ -172,13 +173,3 @@ def answer_judge(score: Scorer) -> Judge:
         return loss, mistakes
 
     return judge
-
-
-def _adamw(model: torch.nn.Module, rate: float, weight_decay: float) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019) with decay on matrices only."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=rate, fused=True)
