@@ -151,9 +151,9 @@ class _Training:
         held_out = self._held_out()
         compiled = self.config.tokens >= _WORTH_COMPILING and not self.config.adapter
         score = Scorer(self.start.model, compiled=compiled)
-        before = bits_of(score, held_out) if ratio else {}
-        self._tell(before, held_out, "before the first step")
+        before = self._before(score, held_out) if ratio else {}
         state = self._train(score, held_out)
+        self.progress.stage(f"write {self.config.name}")
         written = self.start.write(directory)
         facts = self._facts(state)
         if ratio:
@@ -164,6 +164,12 @@ class _Training:
             for change in changes:
                 self.progress.say(str(change))
         (directory / "training.json").write_text(json.dumps(facts, indent=1))
+
+    def _before(self, score: Scorer, held_out: Sequence[HeldOut]) -> Bits:
+        self.progress.stage(f"measure {self.config.base}")
+        bits = bits_of(score, held_out)
+        self._tell(bits, held_out, "before the first step")
+        return bits
 
     def _held_out(self) -> list[HeldOut]:
         length = min(_EVALUATION_LENGTH, context_of(self.start.model) or _EVALUATION_LENGTH)
@@ -229,10 +235,9 @@ class _Training:
         return Mixture(pairs, config.lengths, config.micro_tokens, config.seed, self.tokenizer)
 
     def _tell(self, bits: Bits, held_out: Sequence[HeldOut], when: str) -> None:
-        if bits:
-            figures = bits_per_byte(bits, held_out)
-            told = ", ".join(f"{part.name} {figures[part.name]:.3f}" for part in held_out)
-            self.progress.say(f"held-out bits per byte {when}: {told}")
+        figures = bits_per_byte(bits, held_out)
+        told = ", ".join(f"{part.name} {figures[part.name]:.3f}" for part in held_out)
+        self.progress.say(f"held-out bits per byte {when}: {told}")
 
     def _facts(self, state: State) -> dict[str, Any]:
         return {

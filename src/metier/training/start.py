@@ -13,6 +13,7 @@ import torch
 from metier.model.adapters import add_lora, load_adapter, save_adapter
 from metier.model.device import compute_dtype
 from metier.model.load import Base, base_config, load_base
+from metier.progress import no_weight_bar
 from metier.task import Lora
 from metier.text.tokenizer import Tokenizer
 from metier.training.optimizers import adamw, muon_and_adam
@@ -53,7 +54,7 @@ def new_base(config: PretrainConfig, tokenizer_dir: Path, device: torch.device) 
     model = _random(shape, Tokenizer.load(tokenizer_dir), config.seed).to(device)  # type: ignore[arg-type]
 
     def write(directory: Path) -> PreTrainedModel:
-        model.bfloat16().save_pretrained(directory)
+        _save(model.bfloat16(), directory)
         (directory / "tokenizer.json").write_bytes((tokenizer_dir / "tokenizer.json").read_bytes())
         settings = json.loads((tokenizer_dir / "tokenizer_config.json").read_text())
         settings["model_max_length"] = shape.context
@@ -138,7 +139,12 @@ def _adapted(
 
 
 def _write(model: Any, base: Base, directory: Path) -> PreTrainedModel:
-    model.save_pretrained(directory)
+    _save(model, directory)
     base.tokenizer.save(directory)
     written: PreTrainedModel = model.to(compute_dtype(model.device))
     return written
+
+
+def _save(model: PreTrainedModel, directory: Path) -> None:
+    with no_weight_bar():
+        model.save_pretrained(directory)
