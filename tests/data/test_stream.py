@@ -3,6 +3,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import zstandard
 from hypothesis import given, settings
@@ -312,6 +313,29 @@ def test_a_file_is_a_ring(tmp_path: Path) -> None:
         for count in range(file.size + 1):
             rolled = (whole * 4)[start : start + count]
             assert file.read(start, count).tolist() == rolled
+
+
+def test_windows_all_over_a_large_file_take_no_memory(tmp_path: Path) -> None:
+    """A map of the file would: what was touched of it counts as this process's."""
+    size, count = 100_000_000, 3000
+    with (tmp_path / "a.bin").open("wb") as file:
+        file.truncate(2 * size)
+    (tmp_path / "a.json").write_text('{"dtype": "<u2", "bytes": 0}')
+    windows = Windows(
+        [(TokenFile(tmp_path / "a.bin"), 1.0)],
+        length=128, seed=0, opening=1, eos=2, breaks=breaks(),
+    )  # fmt: skip
+    assert windows[0].shape == (129,)
+    memory = psutil.Process().memory_info
+    before = memory().rss
+    for index in range(count):
+        windows[index]
+    taken = memory().rss - before
+    mapped = np.memmap(tmp_path / "a.bin", dtype="<u2", mode="r")
+    for index in range(count):
+        mapped[permute(index, count, 0) * (size // count)]
+    assert taken < 4e6
+    assert memory().rss - before - taken > 8e6, "control"
 
 
 def test_shares_are_kept_whatever_the_sizes() -> None:

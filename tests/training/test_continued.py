@@ -82,8 +82,8 @@ def told(model: Path) -> dict[str, dict[str, Any]]:
 def recomputed(model: Path, directory: Path) -> float:
     """Bits per byte of the domain's windows with the weights as they lie on the disk."""
     (windows,) = (
-        json.loads(path.read_text())
-        for path in directory.glob("held-out-*/windows.json")
+        json.loads(path.read_text())["windows"]
+        for path in directory.glob("held-out-*/read.json")
         if "quark" in path.read_text()
     )
     loaded = load_base(str(model), device="cpu")
@@ -259,8 +259,7 @@ def test_documents_are_separated_as_the_base_knows_it(
         corpus = Corpus.of(here, config, tmp_path, Told())
         for directory, opening in ((gpt2, []), (base, [0])):
             tokenizer = Tokenizer.load(directory)
-            (path,) = corpus.tokens(tokenizer)
-            file = TokenFile(path)
+            file = TokenFile(corpus.tokens(config.sources[0], tokenizer, 1))
             parts = [[*opening, *tokenizer.encode(text), tokenizer.eos_id] for text in texts]
             assert file.read(0, file.size).tolist() == [token for part in parts for token in part]
             assert file.text_bytes == len("".join(texts).encode())
@@ -327,6 +326,12 @@ def test_a_base_that_is_nowhere_or_damaged_is_refused(base: Path, tmp_path: Path
     (near / "model.safetensors").write_bytes(weights(base)[:-100])
     with pytest.raises(ModelError, match="damaged"):
         run(further(tmp_path, "near"), tmp_path / "out")
+    settings = (near / "config.json").read_text()
+    (near / "config.json").write_text('{"model_type": "t5"}')
+    with pytest.raises(ModelError, match="encoder-decoder"):
+        run(further(tmp_path, "near"), tmp_path / "out")
+    (near / "config.json").write_text(settings)
+    assert not (tmp_path / "out").exists(), "before any text is read"
     (near / "model.safetensors").write_bytes(weights(base))
     path = further(tmp_path, "near")
     (tmp_path / "domain.jsonl").write_text('{"text": "short"}')

@@ -146,7 +146,7 @@ def test_a_run_killed_in_every_stage_ends_with_the_same_weights(
     path = recipe(tmp_path, checkpoint_seconds=0.001)
     for at, left in (
         ("train tokenizer", set()),
-        ("tokenise second", {"tokenizer", "tokens"}),
+        ("tokenise second", {"tokenizer", "held", "tokens"}),
         ("17", {"tokenizer", "tokens", "held", "training"}),
     ):
         done = subprocess.run([sys.executable, "-c", KILLED, str(path), at], check=False)
@@ -173,7 +173,7 @@ def test_an_interrupted_run_ends_with_the_same_weights(
     def end() -> None:
         raise KeyboardInterrupt
 
-    for at in ("train tokenizer", "held-out windows of first", "3", "bits per byte", "29"):
+    for at in ("train tokenizer", "read first", "3", "bits per byte", "29"):
         with pytest.raises(KeyboardInterrupt):
             run(path, tmp_path / "out", Interrupted(at, end))
         assert not list((tmp_path / "out").glob("model-*"))

@@ -112,7 +112,10 @@ def base_config(name: str) -> PretrainedConfig:
         ModelError: it is missing, or of an unknown kind.
 
     """
-    return _config(locate(name))
+    path = locate(name)
+    config = _config(path)
+    _model_class(path, config)
+    return config
 
 
 def locate(name: str) -> Path:

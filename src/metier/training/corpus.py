@@ -22,8 +22,23 @@ from metier.training.pretrain_config import PretrainConfig, Shape
 
 _WINDOW = 1600
 """Characters of a held-out window, at most."""
+_READ = "read.json"
 # What changes only how much of a source is read, or in which order.
 _MIXING = {"weight", "share"}
+
+
+@dataclass(frozen=True)
+class Read:
+    """What was found in a source.
+
+    Attributes:
+        windows: of its held-out text, the same for every base and tokenizer.
+        left: UTF-8 bytes of its other text.
+
+    """
+
+    windows: tuple[str, ...]
+    left: int
 
 
 @dataclass(frozen=True)
@@ -71,18 +86,45 @@ class Corpus:
 
         return self.run.stage("tokenizer", inputs, make)
 
-    def tokens(self, tokenizer: Tokenizer) -> list[Path]:
-        """A token file of each source that is trained on."""
-        return [self._tokens(source, tokenizer) for source in self.config.trained]
+    def read(self, source: Source) -> Read:
+        """Choose a source's held-out windows, and count its other text."""
+        count = self.config.evaluation_windows
+        inputs = {"source": self._inputs(source), "windows": count, "characters": _WINDOW}
 
-    def _tokens(self, source: Source, tokenizer: Tokenizer) -> Path:
+        def make(directory: Path) -> None:
+            self.progress.stage(f"read {source.name}")
+            left = 0
+
+            def held_out() -> Iterator[str]:
+                nonlocal left
+                for text, held in self._documents(source):
+                    if held:
+                        yield text
+                    else:
+                        left += len(text.encode())
+
+            windows = sample_windows(held_out(), count)
+            (directory / _READ).write_text(json.dumps({"windows": windows, "left": left}))
+
+        found = json.loads((self.run.stage("held-out", inputs, make) / _READ).read_text())
+        return Read(tuple(found["windows"]), found["left"])
+
+    def tokens(self, source: Source, tokenizer: Tokenizer, size: int) -> Path:
+        """Token file of a source that is trained on.
+
+        Args:
+            source: the source.
+            tokenizer: of the base.
+            size: UTF-8 bytes of its text, for the time left.
+
+        """
         inputs = {"tokenizer": tokenizer.fingerprint, "source": self._inputs(source)}
         name = f"{source.name}.bin"
 
         def make(directory: Path) -> None:
-            self.progress.stage(f"tokenise {source.name}")
+            self.progress.stage(f"tokenise {source.name} (MB)", size / 1e6)
             stream.write_tokens(
-                self._texts(source, held_out=False),
+                self._told(self._texts(source)),
                 tokenizer.encode_batch,
                 directory / name,
                 # Where the same token ends a document and opens one, it stands once.
@@ -93,19 +135,10 @@ class Corpus:
 
         return self.run.stage("tokens", inputs, make) / name
 
-    def held_out(self, source: Source) -> list[str]:
-        """Windows of a source's held-out text, the same for every base and tokenizer."""
-        count = self.config.evaluation_windows
-        inputs = {"source": self._inputs(source), "windows": count, "characters": _WINDOW}
-
-        def make(directory: Path) -> None:
-            self.progress.stage(f"choose held-out windows of {source.name}")
-            chosen = sample_windows(self._texts(source, held_out=True), count)
-            (directory / "windows.json").write_text(json.dumps(chosen))
-
-        directory = self.run.stage("held-out", inputs, make)
-        found: list[str] = json.loads((directory / "windows.json").read_text())
-        return found
+    def _told(self, texts: Iterable[str]) -> Iterator[str]:
+        for text in texts:
+            yield text
+            self.progress.advance(len(text.encode()) / 1e6)
 
     def _inputs(self, source: Source) -> dict[str, Any]:
         """All that the documents of a source depend on."""
@@ -114,11 +147,17 @@ class Corpus:
             "files": self.files[source.name],
         }
 
-    def _texts(self, source: Source, *, held_out: bool) -> Iterator[str]:
-        share = source.held_out if source.trained else 1.0
+    def _documents(self, source: Source) -> Iterator[tuple[str, bool]]:
+        """Texts, and whether each is held out; of a source that is only watched all are."""
         for document in stream.documents(source, self.root):
-            if (share == 1.0 or stream.is_held_out(document, share)) == held_out:
-                yield document.text
+            yield (
+                document.text,
+                not source.trained or stream.is_held_out(document, source.held_out),
+            )
+
+    def _texts(self, source: Source) -> Iterator[str]:
+        """What is trained on."""
+        return (text for text, held_out in self._documents(source) if not held_out)
 
     def _sample(self, size: int) -> Iterator[str]:
         """Training documents for the tokenizer, an equal share of bytes from each source.
@@ -129,7 +168,7 @@ class Corpus:
         """
         for source in self.config.trained:
             share = left = size // len(self.config.trained)
-            for text in self._texts(source, held_out=False):
+            for text in self._texts(source):
                 yield text
                 left -= len(text.encode())
                 if left <= 0:

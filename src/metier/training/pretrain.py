@@ -25,7 +25,7 @@ from metier.model.device import choose_device
 from metier.model.load import base_config, base_hash, locate
 from metier.progress import Progress, Silent
 from metier.text.tokenizer import Tokenizer
-from metier.training.corpus import Corpus
+from metier.training.corpus import Corpus, Read
 from metier.training.held_out import (
     Bits,
     HeldOut,
@@ -78,17 +78,20 @@ def pretrain(
     root = home / config.root
     for source in config.sources:
         stream.matching_files(source, root)
+    identity = base_hash(base) if base else None
     with runs.Run(out) as run:
         corpus = Corpus.of(run, config, root, progress or Silent())
         tokenizer_dir = locate(base) if base else corpus.tokenizer(config.shape or Shape())
         tokenizer = Tokenizer.load(tokenizer_dir)
-        files = corpus.tokens(tokenizer)
-        texts = {source.name: corpus.held_out(source) for source in config.sources}
+        read = {source.name: corpus.read(source) for source in config.sources}
+        files = [
+            corpus.tokens(source, tokenizer, read[source.name].left) for source in config.trained
+        ]
         about = {
             "config": config.model_dump(mode="json"),
             "files": corpus.files,
             "tokenizer": tokenizer.fingerprint,
-            "base": base_hash(base) if base else None,
+            "base": identity,
         }
 
         def make(directory: Path) -> None:
@@ -97,7 +100,7 @@ def pretrain(
                 given_base(config, base, place) if base else new_base(config, tokenizer_dir, place)
             )
             scratch = run.path / f"training-{_recipe_key(config, about)}"
-            _Training(config, start, tokenizer, files, texts, scratch, corpus.progress).run(
+            _Training(config, start, tokenizer, files, read, scratch, corpus.progress).run(
                 directory, ratio if base else None
             )
 
@@ -126,7 +129,7 @@ class _Training:
         start: what is trained.
         tokenizer: its tokenizer.
         files: tokens of each source that is trained on.
-        texts: held-out windows of each source.
+        read: what was found in each source.
         scratch: keeps checkpoints; an interrupted training goes on from there.
         progress: is told every step.
 
@@ -136,7 +139,7 @@ class _Training:
     start: Start
     tokenizer: Tokenizer
     files: Sequence[Path]
-    texts: Mapping[str, Sequence[str]]
+    read: Mapping[str, Read]
     scratch: Path
     progress: Progress
 
@@ -175,7 +178,7 @@ class _Training:
         length = min(_EVALUATION_LENGTH, context_of(self.start.model) or _EVALUATION_LENGTH)
         found = []
         for source in self.config.sources:
-            windows = self.texts[source.name]
+            windows = self.read[source.name].windows
             if windows:
                 found.append(
                     HeldOut.of(source.name, windows, self.tokenizer, length, trained=source.trained)
