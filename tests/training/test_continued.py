@@ -334,6 +334,7 @@ def test_a_base_that_is_nowhere_or_damaged_is_refused(base: Path, tmp_path: Path
     assert not (tmp_path / "out").exists(), "before any text is read"
     (near / "model.safetensors").write_bytes(weights(base))
     path = further(tmp_path, "near")
-    (tmp_path / "domain.jsonl").write_text('{"text": "short"}')
-    with pytest.raises(DataError, match="less than a window"):
-        run(path, tmp_path / "out")
+    for text in ('{"text": "short"}', ""):
+        (tmp_path / "domain.jsonl").write_text(text)
+        with pytest.raises(DataError, match="less than a window"):
+            run(path, tmp_path / "out")

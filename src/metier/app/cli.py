@@ -261,7 +261,7 @@ def train(
 
 @_command
 def pretrain(
-    config_file: Annotated[Path, typer.Argument(metavar="CONFIG", help="A pretrain.yaml.")],
+    config_file: Annotated[Path, typer.Argument(metavar="RECIPE", help="See docs/pretraining.md.")],
     out: Out = None,
     overrides: Overrides = _NONE,
     as_json: Json = False,

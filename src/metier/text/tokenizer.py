@@ -35,8 +35,6 @@ class Tokenizer:
     Attributes:
         bos_id: id of the beginning-of-sequence token, or None.
         eos_id: id of the end-of-sequence token.
-        opening_id: id that a text begins after: `bos_id`, else `eos_id`, which ends the text
-            before it.
         pad_id: id used to fill batches: the padding token, else `eos_id` (never looked at).
         stop_ids: ids that end an answer: `eos_id` and those of generation_config.json.
         vocab_size: number of ids; every id is below it.
@@ -57,7 +55,6 @@ class Tokenizer:
         self.name = name
         self.bos_id: int | None = backend.bos_token_id
         self.eos_id: int = backend.eos_token_id
-        self.opening_id: int = self.eos_id if self.bos_id is None else self.bos_id
         self.pad_id: int = self.eos_id if backend.pad_token_id is None else backend.pad_token_id
         self.chat_template: str | None = _template_text(backend.chat_template)
         self.stop_ids = frozenset({self.eos_id, *extra_stop_ids})
@@ -82,6 +79,11 @@ class Tokenizer:
         """
         backend = _load_backend(str(name))
         return cls(backend, str(name), _generation_stop_ids(Path(name), backend))
+
+    @property
+    def opening_id(self) -> int:
+        """Id that a text begins after: `bos_id`, else `eos_id`, which ends the text before it."""
+        return self.eos_id if self.bos_id is None else self.bos_id
 
     def encode(self, text: str, after: After = "start") -> list[int]:
         """Ids of plain text: no BOS or EOS is added and no control token is ever yielded.

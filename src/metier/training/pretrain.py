@@ -225,17 +225,18 @@ class _Training:
     def _mixture(self) -> Mixture:
         config, files = self.config, [stream.TokenFile(path) for path in self.files]
         weights = stream.pass_weights(config.trained, [file.size for file in files])
-        sizes = [file.size * weight for file, weight in zip(files, weights, strict=True)]
+        pairs = list(zip(files, weights, strict=True))
+        mixture = Mixture(pairs, config.lengths, config.micro_tokens, config.seed, self.tokenizer)
+        whole = sum(file.size * weight for file, weight in pairs)
         told = ", ".join(
-            f"{file.name} {size / sum(sizes):.1%} ({weight:.3g} passes)"
-            for file, size, weight in zip(files, sizes, weights, strict=True)
+            f"{file.name} {file.size * weight / whole:.1%} ({weight:.3g} passes)"
+            for file, weight in pairs
         )
         self.progress.say(
-            f"{config.tokens:,} tokens are {config.tokens / sum(sizes):.2f} passes over the "
-            f"corpus; one is {sum(sizes):,.0f} tokens: {told}"
+            f"{config.tokens:,} tokens are {config.tokens / whole:.2f} passes over the corpus; "
+            f"one is {whole:,.0f} tokens: {told}"
         )
-        pairs = list(zip(files, weights, strict=True))
-        return Mixture(pairs, config.lengths, config.micro_tokens, config.seed, self.tokenizer)
+        return mixture
 
     def _tell(self, bits: Bits, held_out: Sequence[HeldOut], when: str) -> None:
         figures = bits_per_byte(bits, held_out)
