@@ -55,3 +55,11 @@ def test_blimp_is_quoted_as_measured(document: Path) -> None:
     quoted = re.search(r"BLiMP.*?([0-9]+\.[0-9]) %", document.read_text("utf-8"))
     assert quoted
     assert float(quoted[1]) == round(100 * row["value"], 1)
+
+
+def test_memory_is_quoted_as_measured() -> None:
+    rows = json.loads((ROOT / "benchmarks/results/constant_memory.json").read_text("utf-8"))["rows"]
+    quoted = re.search(r"peak memory.*?\+(\d+) MB when.*?\+(\d+) MB at", PAGE.read_text("utf-8"))
+    assert quoted
+    assert [int(found) for found in quoted.groups()] == [round(row["value"]) for row in rows]
+    assert all(row["holds"] for row in rows)
