@@ -31,10 +31,9 @@ def accuracy(engine: Engine, path: Path) -> list[bool]:
     with gzip.open(path, "rt", encoding="utf-8") as lines:
         pairs = [json.loads(line) for line in lines]
     tokenizer = engine.renderer.tokenizer
-    first = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
     keys = ("sentence_good", "sentence_bad")
     sums = engine.logprobs(
-        [([first], tokenizer.encode(pair[key])) for pair in pairs for key in keys]
+        [([tokenizer.opening_id], tokenizer.encode(pair[key])) for pair in pairs for key in keys]
     )
     return [good > bad for good, bad in zip(sums[::2], sums[1::2], strict=True)]
 

@@ -13,7 +13,7 @@ from typing import Any
 from metier.config import Config
 from metier.evaluation.schema import Verdict
 from metier.task import Task
-from metier.training.pretrain import PretrainConfig
+from metier.training.pretrain_config import PretrainConfig
 
 PAGE = Path(__file__).parent / "reference.md"
 FILES: dict[str, type[Config]] = {
@@ -36,15 +36,19 @@ def main() -> None:
 
 def page() -> str:
     """The whole page."""
-    return "\n".join([_START, *(line for name in FILES for line in file_section(name))]) + "\n"
+    explained: set[str] = set()
+    lines = [line for name in FILES for line in file_section(name, explained)]
+    return "\n".join([_START, *lines]) + "\n"
 
 
-def file_section(name: str) -> Iterator[str]:
-    """A file, and below it the parts that it is made of, each once."""
+def file_section(name: str, explained: set[str]) -> Iterator[str]:
+    """A file, and below it the parts that it is made of, but those explained before."""
     schema = FILES[name].model_json_schema()
     parts = schema["$defs"]
     yield from (f"## {name}", "", *table(schema, parts))
-    for title, part in parts.items():
+    for title in sorted(parts.keys() - explained):
+        part = parts[title]
+        explained.add(title)
         yield from (f"### {title}", "", part["description"], "", *table(part, parts))
 
 

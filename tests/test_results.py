@@ -75,3 +75,11 @@ def test_the_soak_is_quoted_as_it_went(soak: ModuleType) -> None:
     assert {"metier", "torch", "processor", "cores"} <= outcome["versions"].keys()
     wrong = outcome["rows"][0] | {"identical": False, "holds": False, "differing": "log.jsonl"}
     assert "WHICH IT MUST NOT (log.jsonl)" in soak.line(wrong)
+
+
+def test_memory_is_quoted_as_measured() -> None:
+    rows = json.loads((ROOT / "benchmarks/results/constant_memory.json").read_text("utf-8"))["rows"]
+    quoted = re.search(r"peak memory.*?\+(\d+) MB when.*?\+(\d+) MB at", PAGE.read_text("utf-8"))
+    assert quoted
+    assert [int(found) for found in quoted.groups()] == [round(row["value"]) for row in rows]
+    assert all(row["holds"] for row in rows)

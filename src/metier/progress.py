@@ -48,7 +48,7 @@ class Silent:
 
 @contextmanager
 def no_weight_bar() -> Iterator[None]:
-    """Without the progress bar that transformers draws for weights."""
+    """Without the progress bars that transformers draws for weights."""
     from transformers.utils import logging
 
     bar: Any = logging

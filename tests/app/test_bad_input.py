@@ -331,6 +331,13 @@ PRETRAINS = {
     "file missing": Bad({"sources": [SOURCE | {"files": ["no*.txt"]}]}, "'corpus'", "no file"),
     "field missing": Bad({"sources": [SOURCE | {"field": "body"}]}, "corpus.jsonl:1", "'body'"),
     "corpus is no text": Bad({"sources": [SOURCE | {"files": ["a.txt"]}]}, "a.txt:1", "not UTF-8"),
+    "two bases": Bad({"base": "starter", "shape": {}}, "shape", "beside the base 'starter'"),
+    "adapter of nothing": Bad({"adapter": {}}, "adapter", "without a base"),
+    "base nowhere": Bad({"base": "./no/base"}, "./no/base", "no directory"),
+    "weight and share": Bad(
+        {"sources": [SOURCE | {"weight": 1, "share": 0.1}]}, "sources", "weight or share, not both"
+    ),
+    "nothing but shares": Bad({"sources": [SOURCE | {"share": 0.1}]}, "sources", "no other"),
     "corpus is no gzip": Bad({"sources": [SOURCE | {"files": ["a.txt.gz"]}]}, "a.txt.gz", "gzip"),
 }
 

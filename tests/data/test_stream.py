@@ -3,10 +3,12 @@ import json
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
 
 from metier.data import stream
 from metier.data.stream import (
@@ -17,11 +19,13 @@ from metier.data.stream import (
     documents,
     file_hashes,
     is_held_out,
+    pass_weights,
     permute,
     write_tokens,
 )
-from metier.errors import DataError
+from metier.errors import ConfigError, DataError
 from metier.text.bpe import train_bpe
+from metier.text.tokenizer import Tokenizer
 
 
 def source(*files: str, **values: object) -> Source:
@@ -163,11 +167,15 @@ def test_permute_mixes() -> None:
     assert (order != [permute(i, 1000, 8) for i in range(1000)]).mean() > 0.9
 
 
+def ids(file: TokenFile) -> list[int]:
+    return file.read(0, file.size).tolist()
+
+
 def token_file(path: Path, *texts: str) -> TokenFile:
     """One token per character: its code point."""
     write_tokens(
         iter(texts),
-        lambda batch: [[ord(c) for c in text] for text in batch],
+        lambda batch, _: [[ord(c) for c in text] for text in batch],
         path,
         bos=1,
         eos=2,
@@ -178,40 +186,38 @@ def token_file(path: Path, *texts: str) -> TokenFile:
 
 def test_token_files_keep_documents_apart(tmp_path: Path) -> None:
     found = token_file(tmp_path / "a.bin", "ab", "é")
-    assert found.ids.tolist() == [1, 97, 98, 2, 1, 233, 2]
+    assert ids(found) == [1, 97, 98, 2, 1, 233, 2]
     assert found.text_bytes == 4
-    assert token_file(tmp_path / "b.bin").ids.tolist() == []
+    assert token_file(tmp_path / "b.bin").size == 0
 
 
 class Batches:
     """An encoder that keeps what it was given."""
 
-    def __init__(self, directory: Path) -> None:
-        from tokenizers import Tokenizer
-
-        self.raw = Tokenizer.from_file(str(directory / "tokenizer.json"))
-        self.raw.encode_special_tokens = True
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
         self.seen: list[list[str]] = []
 
-    def __call__(self, texts: list[str]) -> list[list[int]]:
+    def __call__(self, texts: list[str], begins: list[bool]) -> list[list[int]]:
         self.seen.append(texts)
-        return [found.ids for found in self.raw.encode_batch(texts, add_special_tokens=False)]
+        return self.tokenizer.encode_batch(texts, begins)
 
 
 @pytest.fixture(scope="module")
 def batches(tmp_path_factory: pytest.TempPathFactory) -> Batches:
     directory = tmp_path_factory.mktemp("bpe")
     train_bpe(["the cat sat on a mat.\n\n  It's 12345 \t birds!\r\n" * 50], 330, directory)
-    return Batches(directory)
+    return Batches(Tokenizer.load(directory))
 
 
 def write(encode: Batches, path: Path, texts: list[str]) -> list[int]:
     encode.seen = []
-    write_tokens(iter(texts), encode, path, bos=0, eos=1, vocabulary=330)
+    eos, size = encode.tokenizer.eos_id, encode.tokenizer.vocab_size
+    write_tokens(iter(texts), encode, path, bos=encode.tokenizer.bos_id, eos=eos, vocabulary=size)
     found = TokenFile(path)
-    assert (found.ids == 1).sum() == len(texts)
+    assert ids(found).count(encode.tokenizer.eos_id) == len(texts)
     assert found.text_bytes == sum(len(text.encode()) for text in texts)
-    return found.ids.tolist()
+    return ids(found)
 
 
 def test_batches_are_bounded_by_number_and_bytes(
@@ -231,12 +237,12 @@ def test_batches_are_bounded_by_number_and_bytes(
 
 
 def longest_unparted(text: str) -> int:
-    """Characters between places where a space follows a word, or a line begins with one."""
+    """Characters between places where a space follows a word, or a single line end parts words."""
     places = [
         i
         for i in range(1, len(text))
         if (text[i] == " " and not text[i - 1].isspace())
-        or (text[i - 1] == "\n" and not text[i].isspace())
+        or (text[i - 1] == "\n" and i > 1 and not (text[i].isspace() or text[i - 2].isspace()))
     ]
     return int(np.diff([0, *places, len(text)]).max())
 
@@ -265,29 +271,135 @@ def test_pieces_cut_anywhere_would_have_other_tokens(
     assert write(batches, tmp_path / "a.bin", ["the cat sat on a mat"]) != whole
 
 
-def breaks() -> np.ndarray:
+REAL = {
+    "gpt2": ("tokenizers/gpt2", "<|endoftext|>"),
+    "gpt_neox_20b": ("tokenizers/gpt_neox_20b", "<|endoftext|>"),
+    "stories260k": ("models/stories260k/hf", "</s>"),
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_tokenizers_see_the_same_in_pieces_as_in_the_whole(
+    tmp_path: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    place, eos = REAL[name]
+    file = str(data_dir / place / "tokenizer.json")
+    backend = PreTrainedTokenizerFast(tokenizer_file=file, eos_token=eos)
+    encode = Batches(Tokenizer(backend, name))
+    prose = (data_dir / "tinyshakespeare" / "input.txt").read_text()[:4000]
+    code = (data_dir / "docs_rust_book" / "ch03-02-data-types.md").read_text()[:8000]
+    whole = [write(encode, tmp_path / "a.bin", [text]) for text in (prose, code)]
+    monkeypatch.setattr(stream, "_PIECE", 150)
+    assert [write(encode, tmp_path / "a.bin", [text]) for text in (prose, code)] == whole
+    assert len(encode.seen[0]) > 50
+
+
+def test_ids_above_two_bytes_are_kept(tmp_path: Path) -> None:
+    large = [1, 65_535, 65_536, 151_000]
+    write_tokens(
+        iter(["x"]), lambda *_: [large], tmp_path / "a.bin", bos=None, eos=0, vocabulary=151_001
+    )
+    assert ids(TokenFile(tmp_path / "a.bin")) == [*large, 0]
+    with pytest.raises(OverflowError):  # what a vocabulary said too small would do
+        write_tokens(
+            iter(["x"]), lambda *_: [large], tmp_path / "a.bin", bos=None, eos=0, vocabulary=9
+        )
+
+
+def test_a_file_is_a_ring(tmp_path: Path) -> None:
+    file = token_file(tmp_path / "a.bin", "abcdef")
+    whole = ids(file)
+    for start in range(2 * file.size):
+        for count in range(file.size + 1):
+            rolled = (whole * 4)[start : start + count]
+            assert file.read(start, count).tolist() == rolled
+
+
+def test_windows_all_over_a_large_file_take_no_memory(tmp_path: Path) -> None:
+    """A map of the file would: what was touched of it counts as this process's."""
+    size, count = 100_000_000, 3000
+    with (tmp_path / "a.bin").open("wb") as file:
+        file.truncate(2 * size)
+    (tmp_path / "a.json").write_text('{"dtype": "<u2", "bytes": 0}')
+    windows = Windows(
+        [(TokenFile(tmp_path / "a.bin"), 1.0)],
+        length=128, seed=0, opening=1, eos=2, breaks=breaks(),
+    )  # fmt: skip
+    assert windows[0].shape == (129,)
+    memory = psutil.Process().memory_info
+    before = memory().rss
+    for index in range(count):
+        windows[index]
+    taken = memory().rss - before
+    mapped = np.memmap(tmp_path / "a.bin", dtype="<u2", mode="r")
+    for index in range(count):
+        mapped[permute(index, count, 0) * (size // count)]
+    assert taken < 4e6
+    assert memory().rss - before - taken > 8e6, "control"
+
+
+def test_shares_are_kept_whatever_the_sizes() -> None:
+    sources = [
+        source("a", name="domain"),
+        source("b", name="twice", weight=2.0),
+        source("c", name="replay", share=0.2),
+        source("d", name="more", share=0.05),
+    ]
+    sizes = [1000, 300, 500_000, 40]
+    weights = pass_weights(sources, sizes)
+    assert weights[:2] == [1.0, 2.0]
+    whole = sum(weight * size for weight, size in zip(weights, sizes, strict=True))
+    assert weights[2] * 500_000 / whole == pytest.approx(0.2)
+    assert weights[3] * 40 / whole == pytest.approx(0.05)
+    with pytest.raises(ConfigError, match="weight or share"):
+        source("a", weight=1.0, share=0.1)
+
+
+def breaks(opening: int = 1) -> np.ndarray:
     found = np.zeros(300, dtype=bool)
-    found[[1, ord("\n")]] = True
+    found[[opening, ord("\n")]] = True
     return found
 
 
 def test_windows_begin_with_bos_at_a_paragraph(tmp_path: Path) -> None:
     text = "".join(f"paragraph {i} of this text\n" for i in range(400))
     file = token_file(tmp_path / "a.bin", text)
-    windows = Windows([(file, 1.0)], length=64, seed=0, bos=1, breaks=breaks())
+    windows = Windows([(file, 1.0)], length=64, seed=0, opening=1, eos=2, breaks=breaks())
     for index in range(50):
         window = windows[index]
         assert window.shape == (65,)
         assert window[0] == 1
         assert "".join(map(chr, window[1:11])) == "paragraph "
-    again = Windows([(file, 1.0)], length=64, seed=0, bos=1, breaks=breaks())
+    again = Windows([(file, 1.0)], length=64, seed=0, opening=1, eos=2, breaks=breaks())
     assert np.array_equal(windows[17], again[17])
+
+
+def test_no_window_begins_with_the_end_of_a_document(tmp_path: Path) -> None:
+    """Where documents end in a line end, and where one token both opens and ends them."""
+    texts = [f"{i}\n" for i in range(200)]
+    found = [[ord(c) for c in text] for text in texts]
+    path = tmp_path / "a.bin"
+    for bos, opening in ((1, 1), (None, 2)):
+        write_tokens(iter(texts), lambda *_: found, path, bos=bos, eos=2, vocabulary=300)
+        windows = Windows(
+            [(TokenFile(path), 1.0)],
+            length=16, seed=0, opening=opening, eos=2, breaks=breaks(opening),
+        )  # fmt: skip
+        for index in range(3 * windows.count):
+            window = windows[index].tolist()
+            assert window[0] == opening
+            assert chr(window[1]).isdigit()
 
 
 def test_weights_set_the_share_of_each_file(tmp_path: Path) -> None:
     first, second = (token_file(tmp_path / f"{c}.bin", c * 50_000) for c in "ab")
     windows = Windows(
-        [(first, 3.0), (second, 1.0)], length=50, seed=0, bos=1, breaks=np.zeros(300, bool)
+        [(first, 3.0), (second, 1.0)],
+        length=50,
+        seed=0,
+        opening=1,
+        eos=2,
+        breaks=np.zeros(300, bool),
     )
     share = np.mean([windows[i][20] == ord("a") for i in range(windows.count)])
     assert share == pytest.approx(0.75, abs=0.01)
@@ -296,7 +408,7 @@ def test_weights_set_the_share_of_each_file(tmp_path: Path) -> None:
 def numbered(path: Path, first: int, size: int) -> TokenFile:
     """A file of tokens that are all different."""
     ids = list(range(first + 1, first + size - 1))
-    write_tokens(iter(["x"]), lambda _: [ids], path, bos=first, eos=first + size - 1, vocabulary=2)
+    write_tokens(iter(["x"]), lambda *_: [ids], path, bos=first, eos=first + size - 1, vocabulary=2)
     return TokenFile(path)
 
 
@@ -322,7 +434,7 @@ def test_a_pass_sees_every_slot_as_often_as_its_file_weighs(
     def windows() -> Windows:
         return Windows(
             list(zip(files, weights, strict=True)),
-            length=length, seed=seed, bos=999, breaks=np.zeros(1000, bool),
+            length=length, seed=seed, opening=999, eos=-1, breaks=np.zeros(1000, bool),
         )  # fmt: skip
 
     made = windows()
@@ -355,17 +467,17 @@ def test_a_window_is_a_stretch_of_the_file_and_begins_at_a_paragraph_if_its_slot
 ) -> None:
     file = token_file(tmp_path_factory.getbasetemp() / "text.bin", text)
     first, again = (
-        Windows([(file, 1.0)], length=length, seed=3, bos=1, breaks=breaks())[index]
+        Windows([(file, 1.0)], length=length, seed=3, opening=1, eos=2, breaks=breaks())[index]
         for _ in range(2)
     )
     assert np.array_equal(first, again)
     assert first[0] == 1
-    ring = "".join(map(chr, file.ids.tolist())) * 3
+    ring = "".join(map(chr, ids(file))) * 3
     window = "".join(map(chr, first[1:]))
     assert len(window) == length
     assert window in ring
-    starts = [place for place in range(len(file.ids)) if ring.startswith(window, place)]
-    before = [ring[(place - 1) % len(file.ids)] for place in starts]
+    starts = [place for place in range(file.size) if ring.startswith(window, place)]
+    before = [ring[(place - 1) % file.size] for place in starts]
     # Else a window's length before it is free of line ends.
     assert any(c in "\n\x01" for c in before) or any(
         not set("\n\x01") & set(ring[place : place + length]) for place in starts
@@ -375,6 +487,6 @@ def test_a_window_is_a_stretch_of_the_file_and_begins_at_a_paragraph_if_its_slot
 def test_a_source_shorter_than_a_window_is_refused(tmp_path: Path) -> None:
     long, short = token_file(tmp_path / "a.bin", "x" * 99), token_file(tmp_path / "b.bin", "short")
     with pytest.raises(DataError, match="has 7 tokens to train on") as caught:
-        Windows([(long, 1.0), (short, 1.0)], length=64, seed=0, bos=1, breaks=breaks())
+        Windows([(long, 1.0), (short, 1.0)], length=64, seed=0, opening=1, eos=2, breaks=breaks())
     assert caught.value.place == "source 'b'"
-    Windows([(long, 1.0), (short, 0.0)], length=64, seed=0, bos=1, breaks=breaks())
+    Windows([(long, 1.0), (short, 0.0)], length=64, seed=0, opening=1, eos=2, breaks=breaks())

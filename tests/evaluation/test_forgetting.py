@@ -8,13 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from scipy import stats
 
 from metier.data.pairs import Pair, generate
 from metier.errors import DataError, ModelError, RunError
-from metier.evaluation import forgetting
 from metier.evaluation.forgetting import Ability, Material, compare, load_material, measure
 from metier.model.generate import Engine
 from metier.model.load import Base, load_base
@@ -201,14 +198,6 @@ def test_few_pairs_prove_nothing():
     assert not found.holds
     one = ability([1], name="skill: x")
     assert not compare([one], [[one]], SETTINGS)[0].holds
-
-
-@settings(max_examples=50)
-@given(text=st.text(max_size=300), length=st.integers(1, 40))
-def test_cuts_lose_and_double_nothing(text, length):
-    pieces = list(forgetting._cut(text, length))
-    assert "".join(pieces) == text
-    assert all(1 <= len(piece) <= length for piece in pieces)
 
 
 def test_windows_fit_the_context(base):

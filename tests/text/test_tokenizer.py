@@ -95,6 +95,16 @@ def test_text_that_goes_on_gets_no_space(tokenizer: Tokenizer, first: str, secon
     assert tokenizer.decode(ids) == first + second
 
 
+@settings(max_examples=25)
+@given(texts=st.lists(st.tuples(TEXT, st.booleans()), max_size=6))
+def test_many_texts_are_encoded_as_each_alone(
+    tokenizer: Tokenizer, texts: list[tuple[str, bool]]
+) -> None:
+    alone = [tokenizer.encode(text, "start" if begins else "text") for text, begins in texts]
+    found = tokenizer.encode_batch([text for text, _ in texts], [begins for _, begins in texts])
+    assert found == alone
+
+
 def test_added_tokens_that_are_text_keep_their_ids(make_tokenizer: MakeTokenizer) -> None:
     """GPT-NeoX has runs of spaces as added tokens; they come after control tokens here."""
     tokenizer = make_tokenizer("gpt_neox_20b", CHATML)
@@ -136,6 +146,7 @@ def test_control_tokens_inside_the_vocabulary_are_cut(tmp_path: Path) -> None:
     ids = tokenizer.encode("a</s>b")
     assert 1 not in ids
     assert tokenizer.decode(ids).replace(" ", "") == "a</s>b"
+    assert tokenizer.encode_batch(["a</s>b", "c"], [True, True]) == [ids, tokenizer.encode("c")]
 
 
 def test_a_character_that_is_a_control_token_is_refused(tmp_path: Path) -> None:
@@ -157,9 +168,11 @@ def test_ids_of_the_ends(make_tokenizer: MakeTokenizer, stories260k: Path) -> No
     assert (stories.bos_id, stories.eos_id, stories.pad_id) == (1, 2, 2)
     assert stories.stop_ids == {1, 2}, "generation_config.json names both"
     assert stories.vocab_size == 512
+    assert stories.opening_id == 1
     gpt2 = make_tokenizer("gpt2", CHATML, pad_token="<|im_end|>")
     assert (gpt2.bos_id, gpt2.eos_id, gpt2.pad_id) == (None, 50256, 50258)
     assert gpt2.vocab_size == 50259
+    assert gpt2.opening_id == 50256, "the end of the text before"
 
 
 def test_the_fingerprint_follows_what_decides_ids(make_tokenizer: MakeTokenizer) -> None:

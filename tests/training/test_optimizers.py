@@ -1,7 +1,7 @@
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from metier.training.optimizers import muon_and_adam
+from metier.training.optimizers import adamw, muon_and_adam
 
 
 def test_matrices_are_orthogonalised_and_the_rest_goes_to_adam() -> None:
@@ -28,3 +28,16 @@ def test_matrices_are_orthogonalised_and_the_rest_goes_to_adam() -> None:
     expected = 0.01 * 0.2 * 24**0.5
     assert 0.5 * expected < change.min()
     assert change.max() < 1.4 * expected
+
+
+def test_adamw_decays_matrices_and_moves_only_what_is_trained() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 2))
+    model[2].requires_grad_(False)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    adamw(model, 0.1, 0.5).step()
+    for name, parameter in model.named_parameters():
+        share = 1 - 0.1 * 0.5 if name == "0.weight" else 1
+        assert torch.allclose(parameter, before[name] * share)

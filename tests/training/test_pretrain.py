@@ -13,12 +13,15 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from metier.errors import ConfigError, DataError
+from metier.evaluation.statistics import ratio
 from metier.model.llama import has_compiler
 from metier.progress import Silent
 from metier.runs import verify
 from metier.training import pretrain as module
 from metier.training.mixture import Window
-from metier.training.pretrain import PretrainConfig, pretrain
+from metier.training.pretrain import pretrain, window_loss
+from metier.training.pretrain_config import PretrainConfig, Shape
+from metier.training.scoring import Scorer
 
 WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "dog", "ran", "to", "two", "birds", "sang")
 
@@ -57,8 +60,8 @@ def recipe(directory: Path, **changes: object) -> Path:
 
 def run(path: Path, out: Path, progress: Silent | None = None) -> Path:
     return pretrain(
-        PretrainConfig.load(path), path.parent, out,
-        device=torch.device("cpu"), dtype=torch.float32, progress=progress,
+        PretrainConfig.load(path), path.parent, out, ratio,
+        device=torch.device("cpu"), progress=progress,
     )  # fmt: skip
 
 
@@ -144,8 +147,8 @@ def test_a_run_killed_in_every_stage_ends_with_the_same_weights(
     path = recipe(tmp_path, checkpoint_seconds=0.001)
     for at, left in (
         ("train tokenizer", set()),
-        ("tokenise second", {"tokenizer"}),
-        ("17", {"tokenizer", "tokens", "training"}),
+        ("tokenise second", {"tokenizer", "held", "tokens"}),
+        ("17", {"tokenizer", "tokens", "held", "training"}),
     ):
         done = subprocess.run([sys.executable, "-c", KILLED, str(path), at], check=False)
         assert done.returncode == -signal.SIGKILL
@@ -171,7 +174,7 @@ def test_an_interrupted_run_ends_with_the_same_weights(
     def end() -> None:
         raise KeyboardInterrupt
 
-    for at in ("train tokenizer", "tokenise first (held out)", "3", "bits per byte", "29"):
+    for at in ("train tokenizer", "read first", "3", "bits per byte", "29"):
         with pytest.raises(KeyboardInterrupt):
             run(path, tmp_path / "out", Interrupted(at, end))
         assert not list((tmp_path / "out").glob("model-*"))
@@ -194,14 +197,14 @@ def test_changed_text_makes_new_stages(tmp_path: Path) -> None:
         watched.write("\n" + json.dumps({"text": "new"}))
     run(path, out)
     new = sorted(name.split("-")[0] for name in stages() - first)
-    assert new == ["model", "tokens", "training"]  # the tokenizer never read it
+    assert new == ["held", "model", "training"]  # nothing else reads it
     second = stages()
 
     with (tmp_path / "first.jsonl").open("a") as trained_on:
         trained_on.write("\n" + json.dumps({"text": "the new cat"}))
     run(path, out)
     new = sorted(name.split("-")[0] for name in stages() - second)
-    assert new == ["model", "tokenizer", "tokens", "training"]
+    assert new == ["held", "model", "tokenizer", "tokens", "tokens", "training"]
 
 
 @pytest.mark.parametrize(
@@ -274,7 +277,7 @@ def test_the_default_device_is_the_fastest_there_is(
         module, "choose_device", lambda: (asked.append("here"), torch.device("cpu"))[1]
     )
     path = recipe(tmp_path, tokens=768)
-    pretrain(PretrainConfig.load(path), tmp_path, tmp_path / "out")
+    pretrain(PretrainConfig.load(path), tmp_path, tmp_path / "out", ratio)
     assert asked == ["here"]
 
 
@@ -398,13 +401,13 @@ def test_held_out_text_without_a_window_is_said(tmp_path: Path) -> None:
         {"name": "nothing", "files": ["empty.jsonl"], "weight": 0},
     ]
     run(recipe(tmp_path, sources=sources, tokens=768), tmp_path / "out", Told())
-    assert told[0] == "'nothing' has too little held-out text for a figure"
+    assert told[0] == "'nothing' has no held-out text for a figure"
 
 
 def test_the_smallest_vocabulary_is_that_of_the_tokenizer() -> None:
-    assert module.Shape(vocabulary=262).vocabulary == 262
+    assert Shape(vocabulary=262).vocabulary == 262
     with pytest.raises(ConfigError, match="vocabulary"):
-        module.Shape.parse({"vocabulary": 261}, "shape")
+        Shape.parse({"vocabulary": 261}, "shape")
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -417,7 +420,7 @@ def test_a_window_does_not_see_another(compiled: bool) -> None:
         intermediate_size=20,
         tie_word_embeddings=True,
     )
-    loss = module._next_token_loss(LlamaForCausalLM(config), torch.float32, compiled=compiled)
+    loss = window_loss(Scorer(LlamaForCausalLM(config), compiled=compiled))
     ids = torch.randint(0, 30, (2, 17))
     with torch.no_grad():
         both, alone = loss(Window(ids)), [loss(Window(row[None])) for row in ids]

@@ -277,12 +277,12 @@ def train(
 
 @_command
 def pretrain(
-    config_file: Annotated[Path, typer.Argument(metavar="CONFIG", help="A pretrain.yaml.")],
+    config_file: Annotated[Path, typer.Argument(metavar="RECIPE", help="See docs/pretraining.md.")],
     out: Out = None,
     overrides: Overrides = _NONE,
     as_json: Json = False,
 ) -> None:
-    """Train a tokenizer and a small base from random weights on text."""
+    """Train a base on text: a new one from random weights, or a given one further."""
     from metier import recipes
     from metier.app.terminal import TerminalProgress
 

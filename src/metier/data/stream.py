@@ -1,8 +1,8 @@
 """Read large corpora as streams, in constant memory, and keep them as token files.
 
-A corpus is several weighted *sources*. Their documents are tokenised once into flat files that
-training maps into memory; the windows it reads there are a function of (seed, index) alone, so a
-run resumes exactly and a corpus larger than memory costs no more of it.
+A corpus is several weighted *sources*. Their documents are tokenised once into flat files, of which
+training reads only the windows that it needs; these are a function of (seed, index) alone, so a run
+resumes exactly and a corpus larger than memory costs no more of it.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, NamedTuple
+from typing import Annotated, Any, BinaryIO, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, FiniteFloat, model_validator
 
 from metier import runs
 from metier.config import Config
@@ -30,9 +30,9 @@ MAX_DOCUMENT = 16_000_000
 _PIECE = 20_000
 _BATCH = 256
 _BATCH_BYTES = 2_000_000
-# A tokenizer that keeps line ends, and spaces before words, in tokens of their own or with what
-# follows (`text.bpe` does) sees the same two parts on both sides of these places.
-_BETWEEN_TOKENS = re.compile(r"(?s).+(?:(?<=\n)(?=\S)|(?<=\S)(?= ))")
+# Tokenizers that split text before they merge keep a single line end, and spaces before a word, in
+# tokens of their own or with what stands there: they see the same on both sides of these places.
+_BETWEEN_TOKENS = re.compile(r"(?s).+(?:(?<=\S\n)(?=\S)|(?<=\S)(?= ))")
 
 
 class Source(Config):
@@ -43,13 +43,27 @@ class Source(Config):
     files: Annotated[tuple[str, ...], Field(min_length=1)]
     """Paths or globs: JSON lines or plain text (one document a file, several in a file of more
     than 16 million characters), also .gz and .zst."""
-    weight: Annotated[float, Field(ge=0)] = 1.0
+    weight: Annotated[FiniteFloat, Field(ge=0)] = 1.0
     """Passes over this source in one pass of the corpus, as in The Pile (Gao et al. 2020,
     arXiv 2101.00027); 0 keeps it for evaluation only."""
+    share: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Instead of `weight`: share of all training tokens that come from this source, however long it
+    is. Replay of general text is a source with a share."""
     field: str = "text"
     """Field of a JSON line that holds the text."""
     held_out: Annotated[float, Field(ge=0, lt=1)] = 0.01
     """Share of documents kept for held-out figures, chosen by hash."""
+
+    @model_validator(mode="after")
+    def _weight_or_share(self) -> Self:
+        if self.share and "weight" in self.model_fields_set:
+            raise ValueError("give weight or share, not both")
+        return self
+
+    @property
+    def trained(self) -> bool:
+        """Whether it is trained on, or only watched."""
+        return self.weight > 0
 
 
 @dataclass(frozen=True)
@@ -188,11 +202,13 @@ def _unix(text: str) -> str:
 
 
 class TokenFile:
-    """A flat file of token ids, mapped into memory.
+    """A flat file of token ids, little-endian uint16 or uint32.
+
+    It is read and not mapped: what was touched of a map would count as this process's memory.
 
     Attributes:
         name: of the source it was made from.
-        ids: shape (tokens,), little-endian uint16 or uint32.
+        size: tokens in it.
         text_bytes: UTF-8 bytes of the text behind them.
 
     """
@@ -201,34 +217,50 @@ class TokenFile:
         about: dict[str, Any] = json.loads(path.with_suffix(".json").read_text())
         self.name = path.stem
         self.text_bytes: int = about["bytes"]
-        empty = path.stat().st_size == 0  # which cannot be mapped
-        self.ids: NDArray[Any] = (
-            np.zeros(0, dtype=about["dtype"])
-            if empty
-            else np.memmap(path, dtype=about["dtype"], mode="r")
-        )
+        self._path, self._dtype = path, np.dtype(about["dtype"])
+        self.size = path.stat().st_size // self._dtype.itemsize
+
+    def read(self, start: int, count: int) -> NDArray[np.int64]:
+        """Tokens from `start` on, shape (count,); after the last one comes the first, once."""
+        start %= self.size
+        found = self._stretch(start, min(count, self.size - start))
+        return np.concatenate((found, self._stretch(0, count - len(found))))
+
+    def _stretch(self, start: int, count: int) -> NDArray[np.int64]:
+        offset = start * self._dtype.itemsize
+        return np.fromfile(self._path, self._dtype, count, offset=offset).astype(np.int64)
 
 
 def write_tokens(
     texts: Iterator[str],
-    encode: Callable[[list[str]], list[list[int]]],
+    encode: Callable[[list[str], list[bool]], list[list[int]]],
     path: Path,
     *,
-    bos: int,
+    bos: int | None,
     eos: int,
     vocabulary: int,
 ) -> None:
     """Tokenise a stream of documents into a TokenFile: ``bos text eos`` for each.
 
-    `encode` is given at most 2 MB of text at once, so a long document in several pieces.
+    Args:
+        texts: the documents.
+        encode: ids of texts, of each of which it is told whether it begins a document or goes on
+            one. It is given at most 2 MB at once, so a long document in several pieces.
+        path: file to write.
+        bos: id before every document, or None where the one before it is enough.
+        eos: id behind every document.
+        vocabulary: number of ids.
+
     """
     dtype = "<u2" if vocabulary <= 65_536 else "<u4"
+    opening = [] if bos is None else [bos]
     size = 0
     with path.open("wb") as handle:
         for batch in _batches(_pieces(texts)):
             size += sum(piece.bytes for piece in batch)
-            for piece, ids in zip(batch, encode([piece.text for piece in batch]), strict=True):
-                row = [bos] * piece.first + ids + [eos] * piece.last
+            found = encode([piece.text for piece in batch], [piece.first for piece in batch])
+            for piece, ids in zip(batch, found, strict=True):
+                row = opening * piece.first + ids + [eos] * piece.last
                 handle.write(np.array(row, dtype=dtype).tobytes())
     about = {"dtype": dtype, "bytes": size}
     path.with_suffix(".json").write_text(json.dumps(about))
@@ -291,13 +323,34 @@ def permute(index: int, size: int, key: int) -> int:
             return index
 
 
+def pass_weights(sources: Sequence[Source], sizes: Sequence[int]) -> list[float]:
+    """Passes over each source in one pass of the corpus, so that shares of the tokens are kept.
+
+    Args:
+        sources: not all of those that are trained on have a share.
+        sizes: tokens of each.
+
+    """
+    shared = sum(source.share or 0.0 for source in sources)
+    rest = sum(
+        source.weight * size
+        for source, size in zip(sources, sizes, strict=True)
+        if source.share is None
+    )
+    whole = rest / (1 - shared)
+    return [
+        source.weight if source.share is None else source.share * whole / max(1, size)
+        for source, size in zip(sources, sizes, strict=True)
+    ]
+
+
 class Windows:
     """Windows of ``1 + length`` tokens over weighted token files, in a seeded endless order.
 
     A file is a ring of slots of `length` tokens, and in every pass each slot starts as many windows
-    as its file's weight says. A window is one BOS and `length` tokens from the first paragraph that
-    begins in its slot, so that BOS means the start of one wherever there is one. Each pass shifts
-    the slots, so that their edges fall elsewhere.
+    as its file's weight says. A window is the opening token and `length` tokens from the first
+    paragraph that begins in its slot, so that the opening means the start of one wherever there is
+    one. Each pass shifts the slots, so that their edges fall elsewhere.
     """
 
     def __init__(
@@ -306,31 +359,32 @@ class Windows:
         *,
         length: int,
         seed: int,
-        bos: int,
+        opening: int,
+        eos: int,
         breaks: NDArray[Any],
     ) -> None:
         """Lay windows over the files.
 
         Args:
             files: token files with their weights.
-            length: tokens after the BOS.
+            length: tokens after the opening one.
             seed: of the order.
-            bos: id put in front.
+            opening: id put in front.
+            eos: id that ends a document, which no paragraph begins with.
             breaks: shape (vocabulary,), True for tokens after which a paragraph may begin.
 
         """
         self._files = [(file, weight) for file, weight in files if weight > 0]
-        self.length, self._seed, self._bos, self._breaks = length, seed, bos, breaks
+        self.length, self._seed, self._breaks = length, seed, breaks
+        self._opening, self._eos = np.array([opening]), eos
         for file, _ in self._files:
-            if len(file.ids) < length:
+            if file.size < length:
                 raise DataError(
                     f"source '{file.name}'",
-                    f"has {len(file.ids):,} tokens to train on, less than a window of {length:,}",
+                    f"has {file.size:,} tokens to train on, less than a window of {length:,}",
                     "give more text or shorter windows, or leave it out",
                 )
-        self._counts = [
-            max(1, round(len(file.ids) // length * weight)) for file, weight in self._files
-        ]
+        self._counts = [max(1, round(file.size // length * weight)) for file, weight in self._files]
         self.count = sum(self._counts)
 
     def __getitem__(self, index: int) -> NDArray[np.int64]:
@@ -345,12 +399,8 @@ class Windows:
 
     def _window(self, file: TokenFile, place: int, epoch: int) -> NDArray[np.int64]:
         shift = permute(epoch % self.length, self.length, self._seed)
-        start = place % (len(file.ids) // self.length) * self.length + shift
-        found = np.flatnonzero(self._breaks[self._slice(file, start)])
+        start = place % (file.size // self.length) * self.length + shift
+        slot = file.read(start, self.length + 1)
+        found = np.flatnonzero(self._breaks[slot[:-1]] & (slot[1:] != self._eos))
         start += int(found[0]) + 1 if len(found) else 0
-        return np.concatenate((np.array([self._bos]), self._slice(file, start)))
-
-    def _slice(self, file: TokenFile, start: int) -> NDArray[np.int64]:
-        """`length` tokens from `start` on; after the last one comes the first."""
-        places = np.arange(start, start + self.length)
-        return file.ids.take(places, mode="wrap").astype(np.int64)
+        return np.concatenate((self._opening, file.read(start, self.length)))

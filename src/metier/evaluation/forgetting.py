@@ -20,7 +20,7 @@ deviation of 0.0144, where this error is 0.0146; clusters by phenomenon would ma
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,14 +33,14 @@ from metier.data.pairs import Pair
 from metier.errors import DataError, ModelError, RunError
 from metier.evaluation.schema import Estimate, Forgotten
 from metier.evaluation.statistics import (
-    Floats,
     difference_interval,
-    effect,
     mean_score,
     non_inferior,
     paired_difference,
+    ratio,
 )
 from metier.task import Forgetting, resolve
+from metier.text.windows import cut, fit
 
 if TYPE_CHECKING:
     from metier.text.tokenizer import Tokenizer
@@ -150,7 +150,7 @@ def measure(
 def _measure_text(
     logprobs: LogProbs, tokenizer: Tokenizer, context: int | None, material: Material
 ) -> Ability:
-    pieces = [piece for text in material.texts for piece in _cut(text, _WINDOW)]
+    pieces = [piece for text in material.texts for piece in cut(text, _WINDOW)]
     if len(pieces) < _FEWEST_WINDOWS:
         raise DataError(
             "forgetting.texts",
@@ -158,7 +158,7 @@ def _measure_text(
             f"give at least {_FEWEST_WINDOWS * _WINDOW:,} characters of general text",
         )
     room = math.inf if context is None else context - 1
-    windows = [window for piece in _spread(pieces) for window in _fit(piece, tokenizer, room)]
+    windows = [window for piece in _spread(pieces) for window in fit(piece, tokenizer, room)]
     sums = _scored(logprobs, tokenizer, [tokenizer.encode(window) for window in windows])
     return Ability(
         name=f"text: {material.text}",
@@ -167,35 +167,10 @@ def _measure_text(
     )
 
 
-def _cut(text: str, length: int) -> Iterator[str]:
-    """Cut a text into pieces of at most `length` characters, before white space where possible.
-
-    The pieces are about equally long, so that no short rest stands for a window. Joined they are
-    the text, so that every byte is scored once.
-    """
-    start = 0
-    while left := len(text) - start:
-        piece = text[start : start + math.ceil(left / math.ceil(left / length))]
-        if len(piece) < left:
-            spaces = (i for i in range(len(piece) - 1, 0, -1) if piece[i].isspace())
-            piece = piece[: next(spaces, len(piece))]
-        yield piece
-        start += len(piece)
-
-
 def _spread(pieces: list[str]) -> list[str]:
     """At most `_WINDOWS` pieces, evenly spread, so that they resemble each other little."""
     count = min(_WINDOWS, len(pieces))
     return [pieces[i * len(pieces) // count] for i in range(count)]
-
-
-def _fit(piece: str, tokenizer: Tokenizer, room: float) -> Iterator[str]:
-    """The piece, or its halves and so on until each is at most `room` tokens."""
-    if len(piece) < 2 or len(tokenizer.encode(piece)) <= room:
-        yield piece
-    else:
-        for half in _cut(piece, math.ceil(len(piece) / 2)):
-            yield from _fit(half, tokenizer, room)
 
 
 def _measure_skill(
@@ -221,8 +196,7 @@ def _measure_skill(
 
 
 def _scored(logprobs: LogProbs, tokenizer: Tokenizer, sequences: Sequence[Ids]) -> list[float]:
-    first = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
-    sums = logprobs([([first], ids) for ids in sequences])
+    sums = logprobs([([tokenizer.opening_id], ids) for ids in sequences])
     for number, value in enumerate(sums):
         if not math.isfinite(value):
             text = tokenizer.decode(sequences[number])[:60]
@@ -280,28 +254,18 @@ def _forgotten(before: Ability, after: Ability, settings: Forgetting) -> Forgott
 def _text_forgotten(before: Ability, after: Ability, tolerance: float) -> Forgotten:
     first, second = np.array(before.values), np.array(after.values)
     sizes = np.array(before.sizes, dtype=np.float64)
-    ratio = _ratio(second, first)
-    loss = Estimate(mean=ratio.mean - 1, low=ratio.low - 1, high=ratio.high - 1)
+    grown = ratio(second, first)
+    loss = Estimate(mean=grown.mean - 1, low=grown.low - 1, high=grown.high - 1)
     return Forgotten(
         name=before.name,
         unit="bits per byte",
         lower_is_better=True,
-        before=_ratio(first, sizes),
-        after=_ratio(second, sizes),
+        before=ratio(first, sizes),
+        after=ratio(second, sizes),
         loss=loss,
         tolerance=tolerance,
         holds=non_inferior(loss, tolerance),
     )
-
-
-def _ratio(numerators: Floats, denominators: Floats) -> Estimate:
-    """Ratio of two sums over windows with its 95 % interval.
-
-    The ratio is made a mean by linearisation (the delta method; Cochran 1977, section 6.3).
-    """
-    ratio = numerators.sum() / denominators.sum()
-    values = ratio + (numerators - ratio * denominators) / denominators.mean()
-    return effect(values[None, :], np.arange(len(values))).interval()
 
 
 def _skill_forgotten(before: Ability, after: Ability, tolerance: float) -> Forgotten:

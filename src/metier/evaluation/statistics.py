@@ -201,6 +201,16 @@ def mean_score(scores: Floats, clusters: Clusters) -> Estimate:
     return Estimate(mean=mean, low=min(low, mean), high=max(high, mean))
 
 
+def ratio(numerators: Floats, denominators: Floats) -> Estimate:
+    """Ratio of two sums over independent units, such as windows of text, with its 95 % interval.
+
+    The ratio is made a mean by linearisation (the delta method; Cochran 1977, section 6.3).
+    """
+    found = numerators.sum() / denominators.sum()
+    values = found + (numerators - found * denominators) / denominators.mean()
+    return effect(values[None, :], np.arange(len(values))).interval()
+
+
 def paired_difference(scores: Floats, reference: Floats, clusters: Clusters) -> Effect:
     """Mean difference of two arms on the same examples.
 

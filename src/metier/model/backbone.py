@@ -13,7 +13,7 @@ from metier.model.world import is_in_parts
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 def inner(model: PreTrainedModel | PeftModel) -> Any:
@@ -24,7 +24,12 @@ def inner(model: PreTrainedModel | PeftModel) -> Any:
 
 def context_of(model: Any) -> int | None:
     """Longest sequence a model can read, or None where it names no limit."""
-    limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return context_in(model.config)
+
+
+def context_in(config: PretrainedConfig) -> int | None:
+    """The same from a model's config."""
+    limit: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
     return limit
 
 

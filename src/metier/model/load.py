@@ -105,6 +105,19 @@ def base_hash(name: str) -> str:
     return _hash([path / "config.json", *_weight_files(path)])
 
 
+def base_config(name: str) -> PretrainedConfig:
+    """Config of a base, without loading its weights; its `dtype` is that of the stored weights.
+
+    Raises:
+        ModelError: it is missing, or of an unknown kind.
+
+    """
+    path = locate(name)
+    config = _config(path)
+    _model_class(path, config)
+    return config
+
+
 def locate(name: str) -> Path:
     """Directory of a base; a Hub name is fetched (data files only) or found in the local cache.
 

@@ -201,23 +201,21 @@ def pretrain(
     overrides: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Path:
-    """Train a tokenizer and a base from random weights on streamed text.
+    """Train a base on streamed text: a new one with its tokenizer, or a given one further.
 
     Returns:
-        the directory of the base in Hugging Face layout.
+        the directory of the base in Hugging Face layout; its training.json says how it went.
 
     """
+    from metier.evaluation.statistics import ratio
     from metier.model.device import set_up_processor
-    from metier.training import pretrain as pretraining
+    from metier.training.pretrain import pretrain as train_base
+    from metier.training.pretrain_config import PretrainConfig
 
     set_up_processor(progress)
-    config = pretraining.PretrainConfig.load(config_file, overrides)
-    return pretraining.pretrain(
-        config,
-        config_file.parent,
-        run_directory(config.name, out),
-        progress=progress,
-    )
+    config = PretrainConfig.load(config_file, overrides)
+    out = run_directory(config.name, out)
+    return train_base(config, config_file.parent, out, ratio, progress=progress)
 
 
 def specialist(run: Path, arm: str | None = None) -> Specialist:

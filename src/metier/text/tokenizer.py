@@ -82,6 +82,11 @@ class Tokenizer:
         backend = _load_backend(str(name))
         return cls(backend, str(name), _generation_stop_ids(Path(name), backend))
 
+    @property
+    def opening_id(self) -> int:
+        """Id that a text begins after: `bos_id`, else `eos_id`, which ends the text before it."""
+        return self.eos_id if self.bos_id is None else self.bos_id
+
     def encode(self, text: str, after: After = "start") -> list[int]:
         """Ids of plain text: no BOS or EOS is added and no control token is ever yielded.
 
@@ -95,7 +100,27 @@ class Tokenizer:
                 control token.
 
         """
-        ids = self._encode_after(text, after)
+        return self._checked(self._encode_after(text, after), text, after)
+
+    def encode_batch(self, texts: Sequence[str], begins: Sequence[bool]) -> list[list[int]]:
+        """`encode` of many texts, on all cores.
+
+        Args:
+            texts: what to encode.
+            begins: of each, whether it stands at the start; else it goes on a text.
+
+        """
+        leads = ["" if start or not self._marks_start else "\n" for start in begins]
+        joined = [lead + text for lead, text in zip(leads, texts, strict=True)]
+        batch = self._plain.encode_batch_fast(joined, add_special_tokens=False)
+        found = []
+        for lead, text, encoding in zip(leads, texts, batch, strict=True):
+            ids = self._after_newline(encoding.ids, text) if lead else list(encoding.ids)
+            found.append(self._checked(ids, text, "text" if lead else "start"))
+        return found
+
+    def _checked(self, ids: list[int], text: str, after: After) -> list[int]:
+        """Ids of a text without those of control tokens."""
         if self._control_ids.isdisjoint(ids):
             return ids
         # The vocabulary itself holds a control string (Unigram, WordLevel): cut through it.
@@ -114,9 +139,13 @@ class Tokenizer:
             ids = self._raw(_SENTINEL + text)
             return ids[ids.index(self._sentinel) + 1 :]
         if after == "text" and self._marks_start:
-            ids = self._raw("\n" + text)
-            if ids[: len(self._newline)] == self._newline:
-                return ids[len(self._newline) :]
+            return self._after_newline(self._raw("\n" + text), text)
+        return self._raw(text)
+
+    def _after_newline(self, ids: list[int], text: str) -> list[int]:
+        """Ids of a text from those of a newline and it."""
+        if ids[: len(self._newline)] == self._newline:
+            return ids[len(self._newline) :]
         return self._raw(text)
 
     def _raw(self, text: str) -> list[int]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from metier.model.backbone import hidden_states
 from metier.model.device import compute_dtype
-from metier.model.llama import LlamaForward, supports
+from metier.model.llama import LlamaForward, has_compiler, supports
 from metier.model.world import is_in_parts
 
 if TYPE_CHECKING:
@@ -23,15 +23,22 @@ Forward = Callable[[Tensor, Sequence[int]], Tensor]
 hidden states in the compute dtype, shape (tokens, hidden)."""
 
 
-def forward_of(model: PreTrainedModel | PeftModel) -> Forward:
-    """The forward pass of a model."""
+def forward_of(model: PreTrainedModel | PeftModel, *, compiled: bool = False) -> Forward:
+    """The forward pass of a model.
+
+    Args:
+        model: whose it is.
+        compiled: compile it for every new shape of input, where that can be done: worth it for a
+            long training on rows of a few fixed lengths.
+
+    """
+    dtype = torch.bfloat16 if computes_bfloat16(model) else next(model.parameters()).dtype
     if model.device.type == "cpu" and not is_in_parts(model) and supports(model):
-        wide = next(model.parameters()).dtype
-        return LlamaForward(model, torch.bfloat16 if computes_bfloat16(model) else wide)
+        return LlamaForward(model, dtype, compiled=compiled and has_compiler())
 
     def forward(ids: Tensor, lengths: Sequence[int]) -> Tensor:
         with mixed_precision(model):
-            return hidden_states(model, ids, lengths)
+            return hidden_states(model, ids, lengths).to(dtype)
 
     return forward
 

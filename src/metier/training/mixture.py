@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from metier.data import stream
+from metier.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-    from tokenizers import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,7 @@ class Mixture:
         lengths: window length of each micro-batch of a step.
         micro_tokens: tokens in a micro-batch, a multiple of every length.
         seed: seed of the order.
-        tokenizer: tells which tokens end a line.
-        bos: token before every document.
+        tokenizer: tells which tokens end a line, and which one opens a window.
 
     """
 
@@ -54,12 +53,18 @@ class Mixture:
         micro_tokens: int,
         seed: int,
         tokenizer: Tokenizer,
-        bos: int,
     ) -> None:
         self._lengths, self._micro = tuple(lengths), micro_tokens
-        breaks = _breaks(tokenizer, bos)
+        breaks = _breaks(tokenizer)
         self._windows = {
-            length: stream.Windows(files, length=length, seed=seed, bos=bos, breaks=breaks)
+            length: stream.Windows(
+                files,
+                length=length,
+                seed=seed,
+                opening=tokenizer.opening_id,
+                eos=tokenizer.eos_id,
+                breaks=breaks,
+            )
             for length in set(lengths)
         }
 
@@ -78,9 +83,10 @@ class Mixture:
         return batches
 
 
-def _breaks(tokenizer: Tokenizer, bos: int) -> NDArray[Any]:
-    """Tokens after which a paragraph may begin: those that end a line, and BOS."""
-    found = np.zeros(tokenizer.get_vocab_size(), dtype=bool)
+def _breaks(tokenizer: Tokenizer) -> NDArray[Any]:
+    """Tokens after which a paragraph may begin: those that end a line, and the opening one."""
+    found = np.zeros(tokenizer.vocab_size, dtype=bool)
     for token in range(len(found)):
-        found[token] = token == bos or tokenizer.decode([token]).endswith("\n")
+        found[token] = tokenizer.decode([token]).endswith("\n")
+    found[tokenizer.opening_id] = True
     return found

@@ -1,9 +1,11 @@
-"""Optimisers for training from random weights."""
+"""Optimisers: one for random weights, one for weights that are trained further."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
+
+from metier.model.world import is_sharded
 
 _EMBEDDINGS = ("embed", "wte", "wpe", "lm_head", "shared")
 
@@ -32,3 +34,18 @@ def muon_and_adam(
             others, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
         ),
     ]
+
+
+def adamw(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter 2019) over what is trained, with decay on matrices only."""
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            # A fused step takes sharded parameters or whole ones, not both at once.
+            kind = parameter.ndim >= 2, is_sharded(parameter)
+            groups.setdefault(kind, []).append(parameter)
+    settings = [
+        {"params": alike, "weight_decay": weight_decay if matrix else 0.0}
+        for (matrix, _), alike in groups.items()
+    ]
+    return torch.optim.AdamW(settings, lr=learning_rate, fused=True)

@@ -147,7 +147,7 @@ def loss(
 def _write(base: Base, draw: torch.Generator, progress: Progress) -> Iterator[Rehearsal]:
     """Texts from their beginning to their end, or to the longest that is wanted, one by one."""
     tokenizer, device = base.tokenizer, base.model.device
-    first = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+    first = tokenizer.opening_id
     decoder = Decoder(base.model, [[first]] * _SIDE_BY_SIDE, tokenizer.pad_id)
     tokens, opinions = [torch.full((_SIDE_BY_SIDE,), first)], []
     length = min(LENGTH, context_of(base.model) or LENGTH)

@@ -30,13 +30,14 @@ class Scorer:
 
     """
 
-    def __init__(self, model: PreTrainedModel | PeftModel) -> None:
+    def __init__(self, model: PreTrainedModel | PeftModel, *, compiled: bool = False) -> None:
+        """Lay out a model; `compiled` is that of `forward.forward_of`."""
         self.model = model
         weight = output_weight(model)
         self._sum: Callable[[Tensor, Sequence[int], Tensor, Criterion], Tensor] = (
             partial(_through_logits, model)
             if weight is None
-            else partial(_through_head, forward_of(model), weight)
+            else partial(_through_head, forward_of(model, compiled=compiled), weight)
         )
 
     @property

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from metier.errors import TrainingError
-from metier.model.world import World, is_sharded
+from metier.model.world import World
 from metier.progress import Progress, Silent
 from metier.task import Training
 from metier.training.batches import Batch, Row, RowBatches, cut
 from metier.training.loop import Loop, Plan, State, cosine
 from metier.training.losses import next_tokens
+from metier.training.optimizers import adamw
 from metier.training.scoring import Scorer
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def fit(
         model,
         loss,
         batches,
-        [_adamw(model, learning_rate, training.weight_decay)],
+        [adamw(model, learning_rate, training.weight_decay)],
         _plan(batches.steps_per_epoch, training, seed),
         also=also,
         directory=directory,
@@ -190,18 +191,3 @@ def answer_judge(score: Scorer) -> Judge:
         return loss, mistakes
 
     return judge
-
-
-def _adamw(model: torch.nn.Module, rate: float, weight_decay: float) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019) with decay on matrices only."""
-    groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            # A fused step takes sharded parameters or whole ones, not both at once.
-            kind = parameter.ndim >= 2, is_sharded(parameter)
-            groups.setdefault(kind, []).append(parameter)
-    settings = [
-        {"params": alike, "weight_decay": weight_decay if matrix else 0.0}
-        for (matrix, _), alike in groups.items()
-    ]
-    return torch.optim.AdamW(settings, lr=rate, fused=True)
