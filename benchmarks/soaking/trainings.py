@@ -14,6 +14,7 @@ import torch
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from metier.evaluation.statistics import ratio
 from metier.model import checkpoint
 from metier.model.load import load_base
 from metier.progress import Silent
@@ -25,6 +26,7 @@ from metier.task import Arm
 from metier.text import bpe
 from metier.training import pretrain, rehearsal, sft
 from metier.training.loop import Loop, Plan, cosine
+from metier.training.pretrain_config import PretrainConfig
 from soaking.processes import start, wait
 
 WORDS = ("the", "a", "big", "old", "dog", "cat", "bird", "tree", "saw", "liked", "and", "it", "was")
@@ -44,6 +46,10 @@ RECIPE = {
     "evaluation_windows": 4,
     "warmup_steps": 3,
     "checkpoint_seconds": 1e-9,
+}
+CONTINUED = {key: value for key, value in RECIPE.items() if key != "shape"} | {
+    "base": "base",
+    "tokens": 20 * 768,
 }
 TASK = {
     "name": "tiny",
@@ -65,6 +71,7 @@ def prepare(inputs: Path) -> None:
     rows = [(" ".join(draw.choices(WORDS, k=9)), LABELS[number % 3]) for number in range(110)]
     _write_lines(inputs / "rows.jsonl", ({"text": text, "label": label} for text, label in rows))
     (inputs / "pretrain.yaml").write_text(yaml.safe_dump(RECIPE))
+    (inputs / "continue.yaml").write_text(yaml.safe_dump(CONTINUED))
     (inputs / "task.yaml").write_text(yaml.safe_dump(TASK))
     wait(start(lambda: _write_base(inputs / "base", texts), inputs / "told.txt"))
     load_base(str(inputs / "base"))  # and with it what every process needs that is forked later
@@ -91,10 +98,14 @@ def _write_base(directory: Path, texts: list[str]) -> None:
     LlamaForCausalLM(config).save_pretrained(directory)
 
 
-def train_base(inputs: Path, out: Path) -> None:
-    """Pre-train from random weights."""
-    config = pretrain.PretrainConfig.load(inputs / "pretrain.yaml")
-    pretrain.pretrain(config, inputs, out)
+def train_base(inputs: Path, out: Path, recipe: str = "pretrain.yaml") -> None:
+    """Pre-train from random weights, or what another recipe says."""
+    pretrain.pretrain(PretrainConfig.load(inputs / recipe), inputs, out, ratio)
+
+
+def continue_base(inputs: Path, out: Path) -> None:
+    """Train a given base further on raw text."""
+    train_base(inputs, out, "continue.yaml")
 
 
 def train_base_compiled(inputs: Path, out: Path) -> None:
@@ -216,6 +227,7 @@ SCENARIOS = {
     "lora": Scenario(tune("lora")),
     "lora/head": Scenario(tune("lora/head"), share=0.3),
     "pretrain": Scenario(train_base),
+    "continued": Scenario(continue_base),
     "pretrain, compiled": Scenario(train_base_compiled, share=0.3),
     "control: optimizer forgotten": Scenario(tune("full"), forget_the_optimizer),
     "control: seed forgotten": Scenario(tune("lora"), forget_the_seed),

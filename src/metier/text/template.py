@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
-from typing import Protocol
+from typing import Any, Protocol
 
 from metier.errors import DataError
 from metier.records import Chat, Message
@@ -134,7 +134,9 @@ class Renderer:
     @cached_property
     def fingerprint(self) -> str:
         """Hash of everything that decides ids."""
-        return fingerprint([self.template, self.tokenizer.fingerprint, sorted(self.stop_ids)])
+        found: list[Any] = [self.template, self.tokenizer.fingerprint, sorted(self.stop_ids)]
+        # Raise when chat templates are written otherwise.
+        return fingerprint([*found, 2] if self.template == "chat" else found)
 
 
 class _Talk(Protocol):
