@@ -55,6 +55,14 @@ def test_a_constant_ratio_has_no_interval() -> None:
     assert (found.value, found.low, found.high) == pytest.approx((3, 3, 3))
 
 
+def test_what_is_measured_once_reaches_no_goal() -> None:
+    found = figures.ratio_of([([6.0], [2.0])])
+    assert found == figures.Ratio(pytest.approx(3), None, None)
+    assert not figures.Goal(2).holds(found)
+    row = figures.row("start", "TRL", "speed", figures.Goal(2), found)
+    assert "3.00 (measured once) | at least 2 | **not reached**" in figures.table([row])
+
+
 def test_the_interval_of_single_figures_is_the_normal_one() -> None:
     logs = np.random.default_rng(1).normal(math.log(2), 0.1, 60)
     found = figures.ratio_of([([float(np.exp(log))], [1.0]) for log in logs])
@@ -298,6 +306,7 @@ def test_steps_are_those_that_training_draws() -> None:
     for index, step in enumerate(steps):
         drawn = sorted(n for batch in batches.step(index) for n in batch.lengths)
         assert drawn == sorted(len(rows[place].ids) - 1 for place in step)
+        assert step == sorted(step)
     assert steps != material.steps_of(rows, training, seed=6)
 
 

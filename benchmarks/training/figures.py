@@ -20,11 +20,11 @@ _DRAWS, _COVERED = 10_000, (2.5, 97.5)
 
 @dataclass(frozen=True)
 class Ratio:
-    """Our side over the other, and its 95 % interval."""
+    """Our side over the other, and its 95 % interval; a single number on each side has none."""
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
 
 def ratio_of(pairs: Sequence[Pair], seed: int = 0) -> Ratio:
@@ -52,8 +52,8 @@ def ratio_of(pairs: Sequence[Pair], seed: int = 0) -> Ratio:
         places = generator.integers(steps, size=(_DRAWS, steps))
         logs += np.log(_medians(ours[chosen, places]) / _medians(theirs[chosen, places]))
     low, high = np.exp(np.percentile(logs / rounds, _COVERED))
-    value = np.exp(np.log(_medians(ours) / _medians(theirs)).mean())
-    return Ratio(float(value), float(low), float(high))
+    value = float(np.exp(np.log(_medians(ours) / _medians(theirs)).mean()))
+    return Ratio(value, float(low), float(high)) if ours.size > 1 else Ratio(value, None, None)
 
 
 def _medians(values: Any) -> Any:
@@ -75,6 +75,8 @@ class Goal:
 
     def holds(self, ratio: Ratio) -> bool:
         """Whether the whole interval is on the right side."""
+        if ratio.low is None or ratio.high is None:
+            return False
         return ratio.high <= self.bound if self.at_most else ratio.low >= self.bound
 
 
@@ -99,8 +101,10 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     lines = ["| scenario | against | figure | ratio | goal | |", "|---|---|---|---|---|---|"]
     for found in rows:
         shown = "not comparable"
-        if found["ratio"] is not None:
+        if found["low"] is not None:
             shown = "{ratio:.2f} ({low:.2f} to {high:.2f})".format(**found)
+        elif found["ratio"] is not None:
+            shown = f"{found['ratio']:.2f} (measured once)"
         verdict = "reached" if found["holds"] else "**not reached**"
         cells = (found["scenario"], found["against"], found["figure"], shown, found["goal"])
         lines.append(f"| {' | '.join(cells)} | {verdict} |")

@@ -130,7 +130,8 @@ def read_rows(file: Path) -> list[Row]:
 def steps_of(rows: list[Row], training: Training, seed: int) -> list[list[int]]:
     """Places of the rows in every step of a pass: read off the batches that training draws.
 
-    The last token of a row is not read, but it is trained: targets and ids name a row.
+    The last token of a row is not read, but it is trained: targets and ids name a row. In a step
+    rows stand as in the data, not by length: who wants to group them must do so.
     """
     places: dict[Any, list[int]] = {}
     for place, row in enumerate(rows):
@@ -139,11 +140,12 @@ def steps_of(rows: list[Row], training: Training, seed: int) -> list[list[int]]:
     batches = sft.row_batches(rows, training, seed=seed)
     steps = []
     for step in range(batches.steps_per_epoch):
-        steps.append(held := [])
+        held = []
         for batch in batches.step(step):
             ids, targets = (t.split(list(batch.lengths)) for t in (batch.ids, batch.targets))
             for own, following in zip(ids, targets, strict=True):
                 held.append(places[tuple(own.tolist()), tuple(following.tolist())].pop())
+        steps.append(sorted(held))
     return steps
 
 

@@ -16,6 +16,7 @@ from metier.model.adapters import add_lora
 from metier.model.device import set_up_processor
 from metier.model.generate import Engine
 from metier.model.load import load_base
+from metier.progress import Silent
 from metier.task import Training
 from metier.text.template import Renderer
 from metier.training import pretrain, sft
@@ -31,8 +32,8 @@ class EnoughError(Exception):
     """All that is measured has been done."""
 
 
-class Listener:
-    """A `metier.progress.Progress` that takes the time of every step.
+class Listener(Silent):
+    """Takes the time of every step.
 
     Args:
         most: steps after which the work is stopped.
@@ -51,10 +52,6 @@ class Listener:
             activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True
         )
 
-    def stage(self, name: str, total: float | None = None) -> None:
-        """A stage begins, or goes on after its checkpoint is read."""
-        self.steps.begin()
-
     def advance(self, n: float = 1, **info: object) -> None:
         """A step is over; none is where the loop says where it begins."""
         if not n:
@@ -70,9 +67,6 @@ class Listener:
             self.profiler.stop()
         if done == self._most:
             raise EnoughError
-
-    def say(self, text: str) -> None:
-        """Nobody reads it."""
 
     def figures(self) -> dict[str, Any]:
         """Of the steps, and the table of operators where they were watched."""
@@ -129,18 +123,12 @@ def pretrain_base(spec: Spec) -> dict[str, Any]:
     return listener.figures()
 
 
-class _Tokenised:
-    """A `Progress` that stops when training would begin."""
+class _Tokenised(Silent):
+    """Stops when training would begin."""
 
     def stage(self, name: str, total: float | None = None) -> None:
         if name.startswith("pre-train"):
             raise EnoughError
-
-    def advance(self, n: float = 1, **info: object) -> None:
-        pass
-
-    def say(self, text: str) -> None:
-        pass
 
 
 def windows(spec: Spec) -> dict[str, Any]:
@@ -186,8 +174,8 @@ def gaps(spec: Spec) -> dict[str, Any]:
     return {"gaps": found}
 
 
-class _FirstStep:
-    """A `Progress` that stops a training when its first step is done."""
+class _FirstStep(Silent):
+    """Stops a training when its first step is done."""
 
     def __init__(self) -> None:
         self.training = False
@@ -200,9 +188,6 @@ class _FirstStep:
         if self.training and n:
             self.at = time.time()
             raise EnoughError
-
-    def say(self, text: str) -> None:
-        pass
 
 
 def start_up(spec: Spec) -> dict[str, Any]:
