@@ -139,6 +139,7 @@ def test_the_same_training_passes() -> None:
         (run(CURVE, trained=61), "step 0: the runs' trained differ (60, 61)"),
         (run(CURVE, contents=4), "step 0: the runs' contents differ (4, 123)"),
         (run(CURVE[:2]), "runs have [2, 3] steps"),
+        (run(CURVE) | {"tokens": [100]}, "runs have [1, 3] steps"),
     ],
 )
 def test_another_training_is_refused(fault: dict[str, Any], said: str) -> None:

@@ -32,6 +32,7 @@ class Settings:
         new_tokens: of each answer at most.
         rows: of the data file whose training is started.
         layers: of the base, which has 30.
+        parts: micro-batches of a pre-training step.
 
     """
 
@@ -43,6 +44,7 @@ class Settings:
     new_tokens: int = 64
     rows: int = 10_000
     layers: int = 30
+    parts: int = 8
 
     @property
     def steps(self) -> int:
@@ -51,7 +53,15 @@ class Settings:
 
 
 QUICK = Settings(
-    rounds=1, warmup=2, measured=6, tries=0, prompts=24, new_tokens=8, rows=400, layers=4
+    rounds=1,
+    warmup=2,
+    measured=6,
+    tries=0,
+    prompts=24,
+    new_tokens=8,
+    rows=400,
+    layers=4,
+    parts=1,
 )
 
 

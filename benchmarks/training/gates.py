@@ -11,6 +11,8 @@ TOLERANCE = 2e-2
 TIE = 0.1
 """Nats between two next tokens that bfloat16 may confuse."""
 
+_COUNTS = ("tokens", "trained", "contents")
+
 Run = Mapping[str, Any]
 
 
@@ -32,11 +34,11 @@ def same_training(
 
     """
     everyone = [*ours, *peers, *band]
-    if len(lengths := {len(run["losses"]) for run in everyone}) > 1:
+    if len(lengths := {len(run[name]) for run in everyone for name in (*_COUNTS, "losses")}) > 1:
         return [f"runs have {sorted(lengths)} steps"]
     found = [
         f"step {step}: the runs' {name} differ ({', '.join(map(str, sorted(values)))})"
-        for name in ("tokens", "trained", "contents")
+        for name in _COUNTS
         for step, values in enumerate(_by_step(name, everyone))
         if len(values) > 1
     ]

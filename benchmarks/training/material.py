@@ -198,15 +198,22 @@ def _write_lines(file: Path, rows: Any) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
 
 
-def recipe(data: Path, tokens: int) -> pretrain.PretrainConfig:
-    """The starter's shape, packed: every window is as long as its context."""
+def recipe(data: Path, tokens: int, parts: int) -> pretrain.PretrainConfig:
+    """The starter's shape, packed: every window is as long as its context.
+
+    Args:
+        data: directory of the data sets.
+        tokens: to train on.
+        parts: micro-batches of a step.
+
+    """
     source = {"name": "shakespeare", "files": ["tinyshakespeare/*.txt*"], "held_out": 0}
     return pretrain.PretrainConfig.parse(
         {
             "name": "packed",
             "root": str(data.resolve()),
             "sources": [source],
-            "step_lengths": [1024] * 8,
+            "step_lengths": [1024] * parts,
             "tokens": tokens,
             "checkpoint_seconds": 1e9,
         },
@@ -214,11 +221,10 @@ def recipe(data: Path, tokens: int) -> pretrain.PretrainConfig:
     )
 
 
-def write_windows(directory: Path, run: Path, data: Path, steps: int) -> None:
+def write_windows(directory: Path, run: Path, config: pretrain.PretrainConfig, steps: int) -> None:
     """The windows of the first steps, shape (steps, windows, 1 + length), from a run's tokens."""
     from tokenizers import Tokenizer as Backend
 
-    config = recipe(data, tokens=1_000_000)
     (tokens,) = run.glob("tokens-*/shakespeare.bin")
     (described,) = run.glob("tokenizer-*/tokenizer.json")
     mixture = Mixture(

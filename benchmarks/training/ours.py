@@ -116,7 +116,7 @@ def pretrain_base(spec: Spec) -> dict[str, Any]:
     """Pre-train by the public function, and stop when enough steps are done."""
     set_up_processor()
     data, run = Path(spec["data"]), Path(spec["run"])
-    config = material.recipe(data, spec["tokens"])
+    config = material.recipe(data, spec["tokens"], spec["parts"])
     listener = _listener(spec, spec["steps"], config.step_tokens)
     with contextlib.suppress(EnoughError):
         pretrain.pretrain(config, data, run, progress=listener)
@@ -135,10 +135,11 @@ def windows(spec: Spec) -> dict[str, Any]:
     """Make tokenizer and tokens of the pre-training, and write its windows for the peer."""
     set_up_processor()
     data, run, target = (Path(spec[name]) for name in ("data", "run", "windows"))
+    config = material.recipe(data, spec["tokens"], spec["parts"])
     with contextlib.suppress(EnoughError):
-        pretrain.pretrain(material.recipe(data, 1_000_000), data, run, progress=_Tokenised())
+        pretrain.pretrain(config, data, run, progress=_Tokenised())
     steps = spec["steps"]
-    material.once(target, lambda path: material.write_windows(path, run, data, steps))
+    material.once(target, lambda path: material.write_windows(path, run, config, steps))
     return {}
 
 

@@ -203,7 +203,7 @@ def pretrain(spec: Spec) -> dict[str, Any]:
     found = clock.steps.figures()
     # A window has one token more than it predicts, as its first one follows nothing. What the other
     # side reads cannot be looked at: its losses tell.
-    return found | {"tokens": found["trained"], "contents": [0] * len(rows)}
+    return found | {"tokens": found["trained"], "contents": [0] * spec["steps"]}
 
 
 class _Both(torch.optim.Optimizer):

@@ -33,11 +33,12 @@ class Pretraining:
 
     def __init__(self, where: Bench) -> None:
         self._bench, steps = where, where.settings.steps
-        step_tokens = recipe(where.data, _LONG).step_tokens
+        parts = where.settings.parts
+        step_tokens = recipe(where.data, _LONG, parts).step_tokens
         tokens = _LONG if where.settings.tries else steps * step_tokens
-        config = recipe(where.data, tokens)
+        config = recipe(where.data, tokens, parts)
         self._run = where.processes.work / "pretrain"
-        self._windows = where.processes.work / f"windows-{steps}"
+        self._windows = where.processes.work / f"windows-{steps}-{parts}"
         planned = math.ceil(tokens / step_tokens)
         factor = trapezoid(planned, config.warmup_steps, round(planned * config.decay))
         shape = config.shape
@@ -46,6 +47,7 @@ class Pretraining:
             "data": str(where.data),
             "run": str(self._run),
             "tokens": tokens,
+            "parts": parts,
             "steps": steps,
         }
         self._theirs = {
