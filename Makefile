@@ -4,10 +4,10 @@ WORKERS ?= 2
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup demo test lint types check soak bench reference pins
+.PHONY: help setup demo test lint types check soak bench bench-train reference pins
 
 help:  ## Show what can be made.
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(READY)  ## Install metier and everything its tests need into .venv.
 
@@ -38,6 +38,9 @@ soak: $(READY)  ## Kill trainings 200 times; they must end as if nobody had (min
 
 bench: $(READY)  ## Measure again what the documentation claims (hours; needs the data sets).
 	set -e; for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python $$script; done
+
+bench-train: $(READY)  ## Measure training side by side with other libraries (hours; see benchmarks/README.md).
+	$(BIN)/python benchmarks/train.py
 
 reference: $(READY)  ## Write docs/reference.md from the code.
 	$(BIN)/python docs/write_reference.py
