@@ -16,7 +16,7 @@ from metier.evaluation.classical import Classical
 from metier.evaluation.schema import Verdict
 from metier.progress import Progress, Silent
 from metier.recipes import experiment
-from metier.recipes.experiment import read_verdict
+from metier.recipes.finished import read_verdict
 from metier.recipes.workbench import Workbench, open_workbench, read_task
 from metier.records import Chat, Completion
 from metier.runs import Run

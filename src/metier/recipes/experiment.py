@@ -14,14 +14,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from metier import runs
-from metier.config import Config
 from metier.data.ledger import Opening, open_test
-from metier.errors import ConfigError, RunError
+from metier.errors import ConfigError
 from metier.evaluation import advice, forgetting, runner
 from metier.evaluation.comparison import Measured
 from metier.evaluation.report import write_report
@@ -38,8 +37,6 @@ from metier.records import Example
 from metier.runs import Run, fingerprint
 from metier.task import SIMPLER_METHODS, TUNED_METHODS, Arm, Task
 from metier.training import rehearsal
-
-C = TypeVar("C", bound=Config)
 
 
 @dataclass
@@ -445,31 +442,6 @@ def slug(arm: Arm) -> str:
     base = f"@{fingerprint(arm.base)[:6]}" if arm.base else ""
     mode = "" if arm.mode == "text" else f"-{arm.mode}"
     return f"{arm.method.replace('+', '-')}{mode}{base}"
-
-
-def read_verdict(run_directory: Path) -> Verdict:
-    """Read the verdict of a finished run.
-
-    Raises:
-        RunError: there is none.
-
-    """
-    return read_file(Verdict, run_directory / "verdict.json", "run 'metier run' to its end first")
-
-
-def read_file(kind: type[C], path: Path, remedy: str) -> C:
-    """Read a JSON file that `Experiment.publish` wrote.
-
-    Raises:
-        RunError: it is missing or damaged; `remedy` says what to do then.
-
-    """
-    try:
-        return kind.parse(json.loads(path.read_text("utf-8")), str(path))
-    except (OSError, ValueError) as error:
-        raise RunError(str(path), f"cannot be read ({error})", remedy) from None
-    except ConfigError as error:
-        raise RunError(error.place, error.cause, remedy) from None
 
 
 def _mean(graded: list[runner.Graded]) -> float:

@@ -139,6 +139,14 @@ class Renderer:
             parts.append(f"⟦{text}⟧" if trained else text)
         return "".join(parts)
 
+    def jinja(self) -> tuple[str, ...]:
+        """Chat templates with which plain Transformers may write the same ids, the likeliest first.
+
+        No template can say that text is encoded in stretches, or that control tokens typed by
+        users are text: whether one gives the same ids must be seen on real chats.
+        """
+        return self._layout.jinja()
+
     @cached_property
     def fingerprint(self) -> str:
         """Hash of everything that decides ids."""
@@ -153,6 +161,8 @@ class _Layout(Protocol):
     def prompt(self, chat: list[Message], tools: Tools) -> list[int]: ...
 
     def answer(self, messages: list[Message], tools: Tools) -> list[int]: ...
+
+    def jinja(self) -> tuple[str, ...]: ...
 
 
 def _checked(chat: Chat) -> list[Message]:
@@ -212,6 +222,12 @@ class _TextLayout:
         content = _text_of(messages[-1], len(messages) - 1)
         return [*self._tokenizer.encode(content, "text"), self.stop_id]
 
+    def jinja(self) -> tuple[str, ...]:
+        if self._tokenizer.bos_id is None:
+            return (_jinja("''", self._form),)
+        # Some tokenizers mark the start of a text with a blank, but not behind a control token.
+        return (_jinja("bos_token", self._form), _jinja("bos_token + ' '", self._form))
+
     def _stretches(self, chat: list[Message]) -> Iterator[str]:
         """The text before each answer, each answer, and the text that asks for the next."""
         text = ""
@@ -226,6 +242,40 @@ class _TextLayout:
             elif content:
                 text += content.join(self._form.system)
         yield text + self._form.before_answer
+
+
+_JINJA = """
+{{- START -}}
+{%- for message in messages -%}
+{%- set content = message['content'] or '' -%}
+{%- if message['role'] == 'assistant' -%}
+{{- BEFORE + content | trim + (eos_token if loop.last else AFTER) -}}
+{%- elif message['role'] == 'user' -%}
+{{- USER + content + USER_END -}}
+{%- elif message['role'] in ['system', 'developer'] -%}
+{%- if content -%}{{- SYSTEM + content + SYSTEM_END -}}{%- endif -%}
+{%- else -%}
+{{- raise_exception('messages of tools cannot be written by this template') -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- BEFORE -}}{%- endif -%}
+""".strip()
+
+
+def _jinja(start: str, form: _Form) -> str:
+    """A form as a chat template; `start` is an expression."""
+    texts = {
+        "USER_END": form.user[1],
+        "USER": form.user[0],
+        "SYSTEM_END": form.system[1],
+        "SYSTEM": form.system[0],
+        "BEFORE": form.before_answer,
+        "AFTER": form.after_answer,
+    }
+    template = _JINJA.replace("START", start)
+    for name, text in texts.items():
+        template = template.replace(name, json.dumps(text))
+    return template
 
 
 def _refuse(tools: Tools) -> None:
@@ -277,6 +327,14 @@ class _ChatLayout:
         last = self._tokenizer.split_control(before)[-1]
         ids = self._encode([self._until_stop(text)], disguise, "text" if last else "control")
         return ids if self._stop else [*ids, self.stop_id]
+
+    def jinja(self) -> tuple[str, ...]:
+        template = self._tokenizer.bare_template()
+        bos = self._tokenizer.bos_id
+        text = self._tokenizer.render([{"role": "user", "content": "a question"}], (), True)
+        if bos is None or text.startswith(self._tokenizer.decode([bos])):
+            return (template,)
+        return ("{{- bos_token -}}" + template,)
 
     def _until_stop(self, text: str) -> str:
         """The answer with its stop token; what the template writes after that is dropped."""
