@@ -25,6 +25,7 @@ from metier.errors import ModelError
 from metier.model.adapters import add_lora
 from metier.model.load import Base
 from metier.model.merge import digests, merge, unit_roundoff
+from metier.progress import Silent
 from metier.task import Lora
 
 IDS = torch.tensor([[1, 403, 407, 261, 378]])
@@ -97,7 +98,7 @@ def test_every_weight_is_the_nearest_to_the_sum(
             weight = layer.get_base_layer().weight.detach().double().numpy()
             turned = change.T if layer.fan_in_fan_out else change
             expected[name] = nearest(weight + turned, dtype)
-    merged = merge(model)
+    merged = merge(model, Silent())
     assert set(merged.layers) == set(expected)
     assert len(expected) >= 8
     for name, weight in expected.items():
@@ -113,7 +114,7 @@ def test_only_the_adapters_layers_change(family: PreTrainedModel, dtype: torch.d
     model = random(add_lora(family, Lora(rank=4), 0))
     assert digests(model) == before, "an adapter beside the base leaves it alone"
     kept = copy.deepcopy(model)
-    merged = merge(model)
+    merged = merge(model, Silent())
     after = digests(merged.model)
     changed = {name.removesuffix(".weight") for name in before if before[name] != after[name]}
     assert after.keys() == before.keys()
@@ -140,7 +141,7 @@ def test_other_kinds_that_can_be_merged_are(base: Base, kind: str) -> None:
     adapted = peft.get_peft_model(copy.deepcopy(base.model), KINDS[kind]())
     kept = copy.deepcopy(random(adapted))
     assert not torch.allclose(logits(kept), logits(base.model), atol=1e-2)
-    merged = merge(adapted)
+    merged = merge(adapted, Silent())
     assert distance(merged.model, kept) < 1e-4
     assert len(merged.layers) >= 10
 
@@ -149,7 +150,7 @@ def test_tokens_before_the_input_cannot_be_merged(base: Base) -> None:
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     model = peft.get_peft_model(copy.deepcopy(base.model), config)
     with pytest.raises(ModelError, match="nothing to merge into weights") as caught:
-        merge(model)
+        merge(model, Silent())
     assert "without --merge" in caught.value.remedy
 
 
@@ -172,10 +173,10 @@ def test_a_layer_that_was_merged_wrongly_is_found(
         if self.get_base_layer().out_features == 172:  # gate and up
             self.get_base_layer().weight.data[3] *= factor
 
-    merge(adapted(base, dtype))
+    merge(adapted(base, dtype), Silent())
     monkeypatch.setattr(lora_layer.Linear, "merge", wrong)
     with pytest.raises(ModelError, match="times what rounding explains") as caught:
-        merge(adapted(base, dtype))
+        merge(adapted(base, dtype), Silent())
     assert caught.value.place == "layer model.layers.0.mlp.gate_proj"
 
 
@@ -185,7 +186,7 @@ def test_an_adapter_that_is_not_finite_is_refused(base: Base) -> None:
         torch.nan
     )
     with pytest.raises(ModelError, match=r"layers\.1\.self_attn\.q_proj.*cannot be merged"):
-        merge(model)
+        merge(model, Silent())
 
 
 TIED = pytest.mark.filterwarnings("ignore:.*tie_word_embeddings")
@@ -195,10 +196,10 @@ TIED = pytest.mark.filterwarnings("ignore:.*tie_word_embeddings")
 def test_a_weight_that_is_tied_to_a_merged_one_is_not_changed_in_silence(base: Base) -> None:
     """The head shares its weight with the embeddings, which the adapter does not stand on."""
     with pytest.raises(ModelError, match=r"embed_tokens\.weight.*was changed by the merge"):
-        merge(adapted(base, target_modules=["lm_head", "q_proj"]))
+        merge(adapted(base, target_modules=["lm_head", "q_proj"]), Silent())
 
 
 @TIED
 def test_an_embedding_with_an_adapter_is_refused(base: Base) -> None:
     with pytest.raises(ModelError, match="is a Embedding, which cannot be merged"):
-        merge(adapted(base, target_modules=["embed_tokens"]))
+        merge(adapted(base, target_modules=["embed_tokens"]), Silent())

@@ -15,6 +15,7 @@ from metier.model.adapters import add_lora
 from metier.model.load import Base
 from metier.model.merge import merge
 from metier.model.parity import Forced, Reference, logits
+from metier.progress import Silent
 from metier.task import Lora
 from tests.test_imports import SOURCE, edges
 
@@ -45,7 +46,7 @@ def differences(known: Reference, model: Any) -> list[float]:
 def test_a_merge_lies_within_the_bound_and_near_the_noise(base: Base, dtype: torch.dtype) -> None:
     model = adapted(base, dtype)
     known = reference(model)
-    worst = max(differences(known, merge(model).model))
+    worst = max(differences(known, merge(model, Silent()).model))
     assert known.noise / 4 < worst <= known.bound
     assert known.bound == parity.BOUND * known.noise
 
@@ -57,7 +58,7 @@ def test_a_changed_layer_lies_beyond_the_bound(
     model = adapted(base, dtype)
     known = reference(model)
     assert differences(known, model) == [0, 0], "what moved the outputs is gone"
-    merged: Any = merge(model).model
+    merged: Any = merge(model, Silent()).model
     merged.model.layers[2].mlp.down_proj.weight.data *= factor
     assert max(differences(known, merged)) > known.bound
 

@@ -14,14 +14,24 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from metier import recipes
 from metier.errors import ExportError, ModelError, RunError
 from metier.evaluation.proof import read_proof
+from metier.model.load import starter_path
 from metier.progress import Silent
 from metier.recipes import exporting
+from metier.runs import Run
 from metier.text.template import Renderer
+from metier.text.tokenizer import Tokenizer
+from tests.recipes.conftest import QUICK, write_task
 
 TEXTS = ("Tom saw a big dog", "Mia liked the soup", "Ben went to the park")
 
@@ -104,6 +114,31 @@ def test_an_adapter_is_plain_peft(run: Path, stories260k: Path, prompts: Path) -
     assert told(path, TEXTS[0], model) == expected.text
 
 
+def test_a_whole_model_of_another_family_with_its_own_chat_template(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    tokenizer = Tokenizer.load(starter_path())
+    tokenizer.save(base)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = Qwen2Config(vocab_size=tokenizer.vocab_size, **sizes, **heads)
+    Qwen2ForCausalLM(config).save_pretrained(base)
+    training = {**QUICK, "epochs": 1, "seeds": [0], "learning_rate": 0.01}
+    arms = ["classical", "full"]
+    task = write_task(tmp_path, base, arms=arms, template="chat", training=training)
+    recipes.run(task, tmp_path / "run")
+    path = recipes.export(tmp_path / "run", arm="full", out=tmp_path / "mine")
+    proof = read_proof(path)
+    assert (proof.kind, proof.base, proof.template) == ("model", "base", "chat")
+    assert proof.stop_tokens == ("<|eos|>",)
+    assert proof.weights is not None
+    assert proof.weights.untouched == proof.weights.tensors == 27
+    assert [form.name for form in proof.forms] == ["reloaded", "served"]
+    assert proof.forms[0].largest_difference == 0
+    assert (path / "chat_template.jinja").read_text() == tokenizer.chat_template
+
+
 @pytest.mark.parametrize(
     ("arm", "reason"),
     [
@@ -130,6 +165,11 @@ def test_arms_that_look_things_up_are_refused(run: Path) -> None:
 
 
 # --- before any work
+
+
+def test_a_run_at_work_is_not_disturbed(run: Path, prompts: Path, tmp_path: Path) -> None:
+    with Run(run), pytest.raises(RunError, match="in use by another process"):
+        recipes.export(run, arm="lora", prompts=prompts)
 
 
 def test_what_is_there_is_never_written_over(run: Path, tmp_path: Path) -> None:

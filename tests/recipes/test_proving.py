@@ -50,7 +50,7 @@ def trial(engine: Engine) -> Trial:
 
 @pytest.fixture(scope="module")
 def answers(engine: Engine, trial: Trial) -> list[Answer]:
-    return proving.written(engine, trial.ids)
+    return proving.written(engine, trial.ids, Silent())
 
 
 def forced(engine: Engine, trial: Trial) -> list[torch.Tensor]:
@@ -169,14 +169,14 @@ def test_a_merged_model_in_memory_is_held_to_the_arm(base: Base, engine: Engine)
 
     mine = copy.deepcopy(engine.model)
     held = Trial(Engine(mine, engine.renderer, 12), PROMPTS, Silent())
-    merged = merge(mine)
+    merged = merge(mine, Silent())
     again = Engine(merged.model, engine.renderer, 12)
-    form = proving.ask(held, again)
+    form = proving.ask(held, again, Silent())
     assert form.same == 3
     assert 0 < form.largest_difference <= held.reference.bound
     merged.model.get_submodule(merged.layers[3]).weight.data *= 1.01
     with pytest.raises(ExportError, match="merged model"):
-        proving.ask(held, again)
+        proving.ask(held, again, Silent())
 
 
 def test_what_is_served_is_held_to_the_arm(engine: Engine, trial: Trial, base: Base) -> None:
@@ -208,5 +208,5 @@ def test_a_directory_that_cannot_be_loaded_is_refused_with_the_reason(
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(stories260k / name, tmp_path / name)
     with pytest.raises(ExportError, match="plain Transformers cannot use the directory") as caught:
-        proving.reload(trial, tmp_path, None, ("float32", "cpu"), Silent())
+        proving.reload(trial, tmp_path, {"device": "cpu", "base": None}, Silent())
     assert "no file named model.safetensors" in caught.value.cause

@@ -17,6 +17,7 @@ import torch
 
 from metier.errors import ModelError
 from metier.model.backbone import inner
+from metier.progress import Progress
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -37,12 +38,16 @@ class Merged:
         layers: names of the layers that were merged.
         error: largest deviation of a merged layer from the adapted one, as a share of what one
             rounding of its weights explains; at most 1.
+        before: digests of the base's weights.
+        after: digests of the model's weights.
 
     """
 
     model: PreTrainedModel
     layers: tuple[str, ...]
     error: float
+    before: dict[str, str]
+    after: dict[str, str]
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
@@ -50,8 +55,8 @@ def unit_roundoff(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 2
 
 
-def merge(model: PeftModel) -> Merged:
-    """Merge the adapter of a model into its base, in place.
+def merge(model: PeftModel, progress: Progress) -> Merged:
+    """Merge the adapter of a model into its base, in place; one that is refused is of no more use.
 
     Each layer is asked for the same random inputs before and after. With weights W' = W + D rounded
     to nearest, |W'x - (W + D)x| <= u |W'||x| for the unit roundoff u (Higham, *Accuracy and
@@ -74,9 +79,14 @@ def merge(model: PeftModel) -> Merged:
     language_model: Any = inner(model)
     before = digests(model)
     layers = {n: m for n, m in language_model.named_modules() if isinstance(m, BaseTunerLayer)}
-    error = max((_merge_layer(name, layer) for name, layer in layers.items()), default=0.0)
-    merged = Merged(model.unload(), tuple(layers), error)
-    _check_untouched(before, merged)
+    progress.stage("merge the adapter", len(layers))
+    error = 0.0
+    for name, layer in layers.items():
+        error = max(error, _merge_layer(name, layer))
+        progress.advance()
+    whole = model.unload()
+    merged = Merged(whole, tuple(layers), error, before, digests(whole))
+    _check_untouched(merged)
     return merged
 
 
@@ -114,7 +124,7 @@ def _merge_layer(name: str, layer: Any) -> float:
     base.to(dtype).to(torch.float64)
     with torch.inference_mode():
         share = _deviation(base, inputs, expected, unit_roundoff(dtype))
-    base.to(device, dtype)
+    base.to(dtype).to(device)
     if not share <= 1:  # also where it is not a number
         raise ModelError(
             f"layer {name}",
@@ -148,9 +158,9 @@ def _deviation(base: Any, inputs: torch.Tensor, expected: torch.Tensor, unit: fl
     return float(((found - expected).abs() / (_SLACK * unit * explained + smallest)).max())
 
 
-def _check_untouched(before: dict[str, str], merged: Merged) -> None:
+def _check_untouched(merged: Merged) -> None:
     """Refuse a merge that changed a weight outside the adapter's layers."""
-    after = digests(merged.model)
+    before, after = merged.before, merged.after
     own = {f"{layer}.{kind}" for layer in merged.layers for kind in ("weight", "bias")}
     changed = [
         name

@@ -40,7 +40,10 @@ def load(asked: dict[str, Any]) -> Any:
     from peft import PeftModel
 
     dtype = getattr(torch, asked["dtype"])
-    base = AutoModelForCausalLM.from_pretrained(asked["base"], dtype=dtype).to(asked["device"])
+    # Named here, because the config of any base may name attention code to be fetched.
+    base = AutoModelForCausalLM.from_pretrained(
+        asked["base"], dtype=dtype, attn_implementation=asked["attention"]
+    ).to(asked["device"])
     base.generation_config = GenerationConfig.from_pretrained(asked["directory"])
     return PeftModel.from_pretrained(base, asked["directory"]).eval()
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from metier import runs
-from metier.data.sources import read_examples
 from metier.errors import RequestError, RunError
 from metier.evaluation import arms
 from metier.model.generate import Engine
@@ -145,10 +144,7 @@ def predict(run: Path, file: Path, out: Path | None, arm: str | None, progress: 
     progress.stage("load the specialist")
     specialist = load_specialist(run, arm)
     task = specialist.task
-    columns = task.data.columns.model_copy(update={"output": None})
-    rows = read_examples(
-        file.name, task.kind, file.parent, task.data.format, columns, answers=False
-    )
+    rows = workbench.read_inputs(task, file)
     key = runs.fingerprint([*specialist.made, runs.file_hash(file)])
     partial = target.with_name(f"{target.name}.{key[:12]}.partial")
     target.parent.mkdir(parents=True, exist_ok=True)

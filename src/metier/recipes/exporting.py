@@ -9,6 +9,7 @@ import re
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ import psutil
 import torch
 
 from metier import runs
-from metier.data.sources import read_examples
 from metier.data.split import read_parts
 from metier.errors import ExportError, MetierError, RunError
 from metier.evaluation import arms, units
@@ -34,6 +34,7 @@ from metier.recipes.finished import Found, find
 from metier.recipes.proving import Prompt, Trial
 from metier.recipes.workbench import Workbench
 from metier.records import input_text
+from metier.runs import Run
 from metier.task import Arm
 from metier.text.template import Renderer
 from metier.text.tokenizer import Tokenizer
@@ -93,8 +94,7 @@ class _Written:
 
     Attributes:
         trial: what it answered.
-        number_format: of its weights.
-        device: where they were.
+        model: its ``dtype``, ``device`` and ``attention``.
         forms: what was compared with it already.
         weights: of a whole model: what became of them.
         digests: of the weights that were written, by name.
@@ -102,8 +102,7 @@ class _Written:
     """
 
     trial: Trial
-    number_format: str
-    device: str
+    model: Mapping[str, str]
     forms: tuple[Form, ...] = ()
     weights: Weights | None = None
     digests: Mapping[str, str] = field(default_factory=dict)
@@ -128,7 +127,9 @@ def export(
         raise RunError(str(target), "exists already", "delete it, or give another --out")
     source = _from_file(bench, prompts) if prompts else _test_inputs(bench, run, progress)
     _remove_leftovers(target)
-    with runs.publish(target, {"stage": "export", "arm": found.directory.name}) as directory:
+    about = {"stage": "export", "arm": found.directory.name}
+    # A run that goes on sweeps its directory.
+    with nullcontext() if out else Run(run), runs.publish(target, about) as directory:
         proof = _make(plan, source, directory, progress)
         runs.write_atomic(directory / PROOF, proof.model_dump_json(indent=1))
         runs.write_atomic(directory / "README.md", card(found.verdict, proof))
@@ -172,12 +173,8 @@ def _test_inputs(bench: Workbench, run: Path, progress: Progress) -> _Source:
 
 
 def _from_file(bench: Workbench, file: Path) -> _Source:
-    """All inputs of a file of the user's, laid out as the task's data."""
-    task = bench.task
-    columns = task.data.columns.model_copy(update={"output": None})
-    rows = read_examples(
-        file.name, task.kind, file.parent, task.data.format, columns, answers=False
-    )
+    """All inputs of a file of the user's."""
+    rows = workbench.read_inputs(bench.task, file)
     return _Source(file.name, tuple(Prompt(row.id, row.prompt) for row in rows))
 
 
@@ -196,9 +193,8 @@ def _make(plan: _Plan, source: _Source, directory: Path, progress: Progress) -> 
     gc.collect()  # the arm's model: what comes now needs its room
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    base = None if plan.whole else locate(plan.base)
-    model = (written.number_format, written.device)
-    reloaded = proving.reload(trial, directory, base, model, progress)
+    model = {**written.model, "base": None if plan.whole else str(locate(plan.base))}
+    reloaded = proving.reload(trial, directory, model, progress)
     engine = _load(plan, trial, directory)
     if plan.whole:
         _check_bytes(written.digests, digests(engine.model))
@@ -219,11 +215,11 @@ def _make(plan: _Plan, source: _Source, directory: Path, progress: Progress) -> 
         noise=trial.reference.noise,
         bound=trial.reference.bound,
         largest_logit=trial.reference.largest,
-        number_format=written.number_format,
+        number_format=written.model["dtype"],
         weights=written.weights,
         forms=(*written.forms, reloaded, served),
         made=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        device=written.device,
+        device=written.model["device"],
         versions=runs.versions(),
     )
 
@@ -237,12 +233,18 @@ def _write(plan: _Plan, source: _Source, directory: Path, progress: Progress) ->
     _write_settings(engine, prompts, directory)
     trial = Trial(engine, prompts, progress)
     model: Any = engine.model
-    written = _Written(trial, str(model.dtype).removeprefix("torch."), str(model.device))
-    _check_room(model, trial, directory)
+    facts = {
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+        "attention": model.config._attn_implementation,
+    }
+    files = (file.stat().st_size for file in plan.found.directory.iterdir())
+    weights = (p.numel() * p.element_size() for p in model.parameters())
+    _check_room(directory, sum(weights if plan.whole else files) + trial.reference.size)
     if not plan.whole:
         _copy_adapter(plan.found.directory, directory)
-        return written
-    return _write_whole(written, engine, directory, progress)
+        return _Written(trial, facts)
+    return _write_whole(_Written(trial, facts), engine, directory, progress)
 
 
 def _write_whole(
@@ -252,24 +254,23 @@ def _write_whole(
     from peft import PeftModel
 
     model: Any = engine.model
-    before = digests(model)
-    merged = Merged(model, (), 0.0)
     forms: tuple[Form, ...] = ()
     if isinstance(model, PeftModel):
-        progress.stage("merge the adapter and ask again")
-        merged = merge(model)
+        merged = merge(model, progress)
         again = Engine(merged.model, engine.renderer, engine.max_new_tokens)
-        forms = (proving.ask(written.trial, again),)
+        forms = (proving.ask(written.trial, again, progress),)
+    else:
+        found = digests(model)
+        merged = Merged(model, (), 0.0, found, found)
     progress.stage("write the model")
     _save(merged.model, engine, directory)
-    after = digests(merged.model)
     weights = Weights(
-        tensors=len(after),
+        tensors=len(merged.after),
         merged=len(merged.layers),
         merge_error=merged.error,
-        untouched=sum(before[name] == digest for name, digest in after.items()),
+        untouched=sum(merged.before[name] == digest for name, digest in merged.after.items()),
     )
-    return dataclasses.replace(written, forms=forms, weights=weights, digests=after)
+    return dataclasses.replace(written, forms=forms, weights=weights, digests=merged.after)
 
 
 def _fitting(engine: Engine, source: _Source) -> list[Prompt]:
@@ -289,8 +290,8 @@ def _write_settings(engine: Engine, prompts: Sequence[Prompt], directory: Path) 
     """Write tokenizer, chat template and generation settings, the first template that fits."""
     renderer = engine.renderer
     served = [renderer.prompt(prompt.chat) for prompt in prompts]
-    *others, last = renderer.jinja()
-    for template in (*others, last):
+    found: list[list[int]] = []
+    for template in renderer.jinja():
         renderer.tokenizer.save(directory, template)
         found = _plain_ids(directory, prompts)
         if found == served:
@@ -328,10 +329,9 @@ def _settings(engine: Engine) -> Any:
     )
 
 
-def _check_room(model: Any, trial: Trial, directory: Path) -> None:
+def _check_room(directory: Path, needed: int) -> None:
     """Refuse to fill the disk."""
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    needed = weights + trial.reference.size + _SPARE
+    needed += _SPARE
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise RunError(

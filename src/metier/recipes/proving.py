@@ -14,7 +14,7 @@ import secrets
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -37,6 +37,7 @@ _REMEDY = (
     "and please report this"
 )
 _SHOWN = 200
+_AT_ONCE = 16
 _FIELDS = ("role", "content", "name")
 
 
@@ -88,8 +89,8 @@ class Trial:
         self.renderer = engine.renderer
         self.max_new_tokens = engine.max_new_tokens
         self.ids = [self.renderer.prompt(prompt.chat) for prompt in prompts]
-        progress.stage("answer as the arm")
-        self._answers = written(engine, self.ids)
+        progress.stage("answer as the arm", len(self.ids))
+        self._answers = written(engine, self.ids, progress)
         ids = [answer.ids or () for answer in self._answers]
         kept = parity.kept(ids, engine.model.config.get_text_config().vocab_size)
         rows = [
@@ -214,36 +215,41 @@ def check_ids(
         )
 
 
-def written(engine: Engine, prompts: Sequence[Sequence[int]]) -> list[Answer]:
+def written(engine: Engine, prompts: Sequence[Sequence[int]], progress: Progress) -> list[Answer]:
     """Greedy answers of an engine."""
-    answers = engine.generate_ids(prompts)
-    return [
-        Answer(engine.renderer.answer(ids), len(ids), len(prompt), tuple(ids))
-        for prompt, ids in zip(prompts, answers, strict=True)
-    ]
+    found: list[Answer] = []
+    for start in range(0, len(prompts), _AT_ONCE):
+        chunk = prompts[start : start + _AT_ONCE]
+        found += [
+            Answer(engine.renderer.answer(ids), len(ids), len(prompt), tuple(ids))
+            for prompt, ids in zip(chunk, engine.generate_ids(chunk), strict=True)
+        ]
+        progress.advance(len(chunk))
+    return found
 
 
-def ask(trial: Trial, engine: Engine) -> Form:
+def ask(trial: Trial, engine: Engine, progress: Progress) -> Form:
     """Hold a merged model in memory to the arm.
 
     Raises:
         ExportError: it differs.
 
     """
+    progress.stage("ask the merged model", len(trial.ids))
+    answers = written(engine, trial.ids, progress)
     logits = (parity.logits(engine.model, row) for row in trial.reference.rows)
-    return trial.hold("merged", written(engine, trial.ids), logits)
+    return trial.hold("merged", answers, logits)
 
 
 def reload(
-    trial: Trial, directory: Path, base: Path | None, model: tuple[str, str], progress: Progress
+    trial: Trial, directory: Path, model: Mapping[str, str | None], progress: Progress
 ) -> Form:
     """Hold what plain Transformers makes of a directory, in a process of its own, to the arm.
 
     Args:
         trial: what it is held to.
         directory: what was exported; nothing is left in it.
-        base: of an adapter.
-        model: number format and device of the arm.
+        model: the arm's ``dtype``, ``device`` and ``attention``, and of an adapter its ``base``.
         progress: is told every prompt.
 
     Raises:
@@ -257,9 +263,7 @@ def reload(
     rows = zip(trial.prompts, trial.reference.rows, strict=True)
     asked = {
         "directory": str(directory),
-        "base": str(base) if base else None,
-        "dtype": model[0],
-        "device": model[1],
+        **model,
         "threads": torch.get_num_threads(),
         "rows": [{"messages": p.messages, "ids": row.ids, "kept": row.kept} for p, row in rows],
     }
