@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from metier.config import Config
+from metier.evaluation.proof import Proof
 from metier.evaluation.schema import Verdict
 from metier.task import Task
 from metier.training.pretrain_config import PretrainConfig
@@ -19,13 +20,14 @@ PAGE = Path(__file__).parent / "reference.md"
 FILES: dict[str, type[Config]] = {
     "task.yaml": Task,
     "verdict.json": Verdict,
+    "proof.json": Proof,
     "pre-training recipe": PretrainConfig,
 }
 _START = """# Reference
 
-Every field of `task.yaml`, of `verdict.json` and of a pre-training recipe, written from the code by
-`make reference`. A field without a default must be given; an unknown one is refused. On the command
-line `--set a.b=value` overrides one.
+Every field of `task.yaml`, of `verdict.json`, of the `proof.json` of an export and of a
+pre-training recipe, written from the code by `make reference`. A field without a default must be
+given; an unknown one is refused. On the command line `--set a.b=value` overrides one.
 """
 
 

@@ -12,6 +12,7 @@ from metier.app.cli import app
 PUBLIC = {
     "audit",
     "demo",
+    "export",
     "init",
     "plan",
     "predict",

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from metier.recipes import (
         audit,
         demo,
+        export,
         init,
         plan,
         predict,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "audit",
     "demo",
+    "export",
     "init",
     "plan",
     "predict",

@@ -8,6 +8,7 @@
     ├── ModelError               a base or adapter that cannot be loaded or does not fit
     ├── TrainingError            training refused to start, or stopped to save the run
     ├── RunError                 a run directory that is damaged, locked or missing
+    ├── ExportError              what would be exported is not what was measured
     ├── BudgetError              the work would not fit the budget
     ├── RequestError             a request that a specialist cannot answer as asked
     ├── RemoteError              an endpoint that failed or answered nonsense
@@ -57,6 +58,10 @@ class TrainingError(MetierError):
 
 class RunError(MetierError):
     """A run directory is damaged, locked or missing."""
+
+
+class ExportError(MetierError):
+    """What would be exported is not what was measured."""
 
 
 class BudgetError(MetierError):

@@ -127,6 +127,15 @@ def predict(run, file, out=None, arm=None, progress=None):
     return Path("answers.jsonl")
 
 
+def export(run, arm=None, out=None, merge=False, prompts=None, progress=None):
+    from tests.evaluation.sample_proof import proof
+
+    calls.append(("export", run, arm, out, merge, prompts))
+    out.mkdir()
+    (out / "proof.json").write_text(proof().model_dump_json())
+    return out
+
+
 class Specialist:
     def stream(self, chat):
         text = chat[-1]["content"].upper()

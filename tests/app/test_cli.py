@@ -144,6 +144,26 @@ def test_an_audit_names_what_to_look_at(cli):
     assert "warning: few rows" in shown
 
 
+def test_an_export_shows_what_was_proven(cli, tmp_path):
+    out = tmp_path / "mine"
+    done = cli("export", "runs/x", "--arm", "lora", "--merge", "--prompts", "p.csv", "--out", out)
+    assert done.exit_code == 0, done.output
+    assert stub.calls == [("export", Path("runs/x"), "lora", out, True, Path("p.csv"))]
+    shown = " ".join(done.stdout.split())
+    assert "merged in memory 2 1 0.13" in shown
+    assert "served over HTTP 3 0 –" in shown
+    assert "Asked: 3 prompts of p.csv (1 more are empty or too long)." in shown
+    assert "Rounding explains a difference of logits of 0.5 at most." in shown
+    assert f"Exported to {out}" in shown.replace("mine ", "mine")
+
+
+def test_an_export_is_json_too(cli, tmp_path):
+    done = cli("export", "runs/x", "--out", tmp_path / "mine", "--json")
+    printed = json.loads(done.stdout)
+    assert printed["path"] == str(tmp_path / "mine")
+    assert printed["proof"]["forms"][0]["ties"] == [{"prompt": "row 2", "token": 4, "gap": 0.1}]
+
+
 # --- what goes wrong
 
 

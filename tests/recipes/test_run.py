@@ -13,9 +13,10 @@ from metier import recipes
 from metier.errors import BudgetError, ConfigError, ModelError, RemoteError, RunError
 from metier.evaluation import runner
 from metier.evaluation.classical import Classical
-from metier.evaluation.schema import Verdict, read_verdict
+from metier.evaluation.schema import Verdict
 from metier.progress import Progress, Silent
 from metier.recipes import experiment, tuning
+from metier.recipes.finished import read_verdict
 from metier.recipes.stages import Stages
 from metier.recipes.workbench import Workbench, open_workbench, read_task
 from metier.records import Chat, Completion

@@ -105,6 +105,15 @@ def served(specialists, key=KEY):
     assert not thread.is_alive()
 
 
+def test_listening_ends_with_its_context():
+    with gateway.listening({"echo": Echo()}, KEY) as port:
+        answer = httpx.get(f"http://127.0.0.1:{port}/health")
+        assert answer.json() == {"status": "ok"}
+        assert httpx.get(f"http://127.0.0.1:{port}/v1/models").status_code == 401
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"http://127.0.0.1:{port}/health")
+
+
 @pytest.fixture(scope="module")
 def echo():
     return Echo()

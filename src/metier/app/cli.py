@@ -309,6 +309,31 @@ def predict(
 
 
 @_command
+def export(
+    run: RunDir,
+    arm: ArmName = None,
+    out: Out = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Merge the adapter into its base.")
+    ] = False,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Inputs to prove it on; by default of the test part."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the specialist as files that others load, once they are proven to answer the same."""
+    from metier import recipes
+    from metier.app.tables import export_table
+    from metier.app.terminal import TerminalProgress
+    from metier.evaluation.proof import read_proof
+
+    with TerminalProgress() as progress:
+        path = recipes.export(run, arm, out, merge, prompts, progress)
+    _show({"path": str(path), "proof": read_proof(path)}, export_table, as_json)
+
+
+@_command
 def chat(run: RunDir, arm: ArmName = None, as_json: Json = False) -> None:
     """Ask the specialist in the terminal, or answer the lines of the standard input."""
     from metier import recipes

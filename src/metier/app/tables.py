@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -11,10 +11,11 @@ from rich.table import Table
 from rich.text import Text
 
 from metier.app.terminal import printable
-from metier.evaluation import units
+from metier.evaluation import card, units
 
 if TYPE_CHECKING:
     from metier.data.audit import Audit, Finding, Lengths
+    from metier.evaluation.proof import Proof
     from metier.recipes.planning import Plan
 
 
@@ -27,6 +28,19 @@ def plan_table(plan: Plan) -> RenderableType:
     for arm in plan.arms:
         table.add_row(_cell(arm.arm), units.seconds(arm.minutes * 60), units.size(arm.memory))
     return table
+
+
+def export_table(exported: Mapping[str, Any]) -> RenderableType:
+    """What an export was held to, and where it lies."""
+    proof: Proof = exported["proof"]
+    first, *others = card.COLUMNS
+    table = Table(first, box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in others:
+        table.add_column(name, justify="right")
+    for row in card.results(proof):
+        table.add_row(*row)
+    words = (card.asked(proof), card.explained(proof), f"Exported to {exported['path']}")
+    return Group(table, *map(_cell, words))
 
 
 def audit_table(audit: Audit) -> RenderableType:

@@ -5,14 +5,9 @@ The JSON Schema is written by `Verdict.model_json_schema()`.
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 from metier.config import Config
-from metier.errors import ConfigError, RunError
-
-C = TypeVar("C", bound=Config)
 
 
 class Estimate(Config):
@@ -239,28 +234,3 @@ class ArmDetails(Config):
     label: no valid label."""
     curves: tuple[tuple[CurvePoint, ...], ...] = ()
     """One learning curve per seed."""
-
-
-def read_verdict(run_directory: Path) -> Verdict:
-    """Read the verdict of a finished run.
-
-    Raises:
-        RunError: there is none.
-
-    """
-    return read_file(Verdict, run_directory / "verdict.json", "run 'metier run' to its end first")
-
-
-def read_file(kind: type[C], path: Path, remedy: str) -> C:
-    """Read a JSON file that a run wrote.
-
-    Raises:
-        RunError: it is missing or damaged; `remedy` says what to do then.
-
-    """
-    try:
-        return kind.parse(json.loads(path.read_text("utf-8")), str(path))
-    except (OSError, ValueError) as error:
-        raise RunError(str(path), f"cannot be read ({error})", remedy) from None
-    except ConfigError as error:
-        raise RunError(error.place, error.cause, remedy) from None

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "audit",
     "demo",
+    "export",
     "init",
     "plan",
     "predict",
@@ -252,6 +253,46 @@ def predict(
 
     set_up_processor(progress)
     return answer(run, file, out, arm, progress or Silent())
+
+
+def export(
+    run: Path,
+    arm: str | None = None,
+    out: Path | None = None,
+    merge: bool = False,
+    prompts: Path | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Write a tuned arm as a directory that others load without metier, once it is proven.
+
+    The directory holds an adapter, or a whole model, with tokenizer, chat template, generation
+    settings, a README and ``proof.json`` (see `metier.evaluation.proof`). It is asked the user's
+    own prompts in every form, and what differs from the arm that was measured by more than
+    rounding is not exported.
+
+    Args:
+        run: directory of a finished run.
+        arm: ``lora`` or ``full``, by default the one the verdict names.
+        out: directory to write, which must not exist; by default ``export/<arm>`` in the run, with
+            ``-merged`` behind it where an adapter is merged.
+        merge: merge the adapter into its base; an arm that is a whole model is one in any case.
+        prompts: file of inputs, laid out as the task's data, all of which are asked; by default up
+            to 64 inputs of the task's test part, whose answers are neither read nor graded.
+        progress: is told every step.
+
+    Returns:
+        the directory.
+
+    Raises:
+        ExportError: the arm is not one model that writes, or what would be exported differs.
+        RunError: the run is not finished, the directory exists, or its disk is too full.
+
+    """
+    from metier.model.device import set_up_processor
+    from metier.recipes import exporting
+
+    set_up_processor(progress)
+    return exporting.export(run, arm, out, merge, prompts, progress or Silent())
 
 
 def serve(

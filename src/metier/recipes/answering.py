@@ -14,16 +14,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from metier import runs
-from metier.config import Config
-from metier.data.sources import read_examples
 from metier.errors import RequestError, RunError
 from metier.evaluation import arms
-from metier.evaluation.schema import read_file, read_verdict
 from metier.model.generate import Engine
 from metier.progress import Progress
 from metier.recipes import making, workbench
+from metier.recipes.finished import find
 from metier.records import Chat, Completion, Example, Generator
-from metier.task import Arm, Task
+from metier.task import Task
 
 _CHUNK = 64
 _UNSUPPORTED = "unsupported_parameter"
@@ -120,37 +118,13 @@ def load_specialist(run: Path, arm: str | None) -> Specialist:
         RunError: the run is not finished, has no such arm, or its verdict names none.
 
     """
-    verdict = read_verdict(run)
-    wanted = arm or verdict.arm
-    index = read_file(_Index, run / "arms.json", "run 'metier run' again: it writes this anew")
-    if not wanted:
-        remedy = f"choose one all the same with --arm: {', '.join(index.arms)}"
-        raise RunError(str(run), "has no arm that its verdict would use", remedy)
-    if wanted not in index.arms:
-        raise RunError(str(run), f"has no arm '{wanted}'", f"choose from {', '.join(index.arms)}")
-    found = index.arms[wanted]
-    directory, data = run / found.directory, run / index.data
-    for path in (directory, data):
-        runs.verify(path)
-    bench = workbench.load(data)
-    built = making.build(bench, found.arm, directory)
+    found = find(run, arm)
+    bench = workbench.load(found.data)
+    built = making.build(bench, found.arm, found.directory)
     engine = built.engine if found.arm.mode == "text" else None
-    made = (found.directory, index.data)
-    return Specialist(f"{verdict.task}:{wanted}", bench.task, built.generator, engine, made)
-
-
-class _Made(Config):
-    """Where an arm lies in its run."""
-
-    arm: Arm
-    directory: str
-
-
-class _Index(Config):
-    """What `Experiment.publish` writes into arms.json."""
-
-    data: str
-    arms: dict[str, _Made]
+    name = f"{found.verdict.task}:{found.arm.name}"
+    made = (found.directory.name, found.data.name)
+    return Specialist(name, bench.task, built.generator, engine, made)
 
 
 def predict(run: Path, file: Path, out: Path | None, arm: str | None, progress: Progress) -> Path:
@@ -170,10 +144,7 @@ def predict(run: Path, file: Path, out: Path | None, arm: str | None, progress: 
     progress.stage("load the specialist")
     specialist = load_specialist(run, arm)
     task = specialist.task
-    columns = task.data.columns.model_copy(update={"output": None})
-    rows = read_examples(
-        file.name, task.kind, file.parent, task.data.format, columns, answers=False
-    )
+    rows = workbench.read_inputs(task, file)
     key = runs.fingerprint([*specialist.made, runs.file_hash(file)])
     partial = target.with_name(f"{target.name}.{key[:12]}.partial")
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -28,13 +28,13 @@ from metier.evaluation.schema import (
     Forgotten,
     SeedResult,
     Verdict,
-    read_verdict,
 )
 from metier.evaluation.verdict import decide
 from metier.graders import summarise
 from metier.model.world import joined
 from metier.progress import Progress
 from metier.recipes import planning, tuning
+from metier.recipes.finished import read_verdict
 from metier.recipes.stages import Stages, all_arms, to_json
 from metier.recipes.workbench import Workbench, open_workbench, read_task
 from metier.runs import Run

@@ -116,7 +116,7 @@ def build(bench: Workbench, arm: Arm, directory: Path) -> Built:
 
 def _check_base(bench: Workbench, arm: Arm, directory: Path, expected: str) -> None:
     """A tuned arm's adapter knows its base; a prompted arm is checked here."""
-    name = _base_name(bench, arm)
+    name = base_name(bench, arm)
     if base_hash(name) != expected:
         raise ModelError(
             str(directory),
@@ -125,7 +125,8 @@ def _check_base(bench: Workbench, arm: Arm, directory: Path, expected: str) -> N
         )
 
 
-def _base_name(bench: Workbench, arm: Arm) -> str:
+def base_name(bench: Workbench, arm: Arm) -> str:
+    """Name of the base of an arm."""
     return arm.base or bench.task.bases()[0]
 
 
@@ -134,7 +135,7 @@ def load_engine(bench: Workbench, arm: Arm, tuned: Path | None) -> Engine:
     if tuned and arm.method == "full":
         base = load_base(str(tuned))
         return make_engine(bench, base, base.model)
-    base = load_base(_base_name(bench, arm))
+    base = load_base(base_name(bench, arm))
     return make_engine(bench, base, load_adapter(base, tuned) if tuned else None)
 
 
@@ -218,7 +219,7 @@ def choose_phrasing(bench: Workbench, arm: Arm, directory: Path, progress: Progr
     progress.stage(f"choose the wording of {arm.name}")
     candidates = {name: inner(name).generator for name in names}
     choice = arms.choose(candidates, bench.parts.validation, bench.grader, CHOOSE_ON)
-    base = "" if arm.method == "remote" else base_hash(_base_name(bench, arm))
+    base = "" if arm.method == "remote" else base_hash(base_name(bench, arm))
     write_about(directory, arm, choice.name, choice.scores, base)
 
 

@@ -11,6 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from metier.data.sources import read_examples
 from metier.data.split import Parts, corpus_overlap, not_looked_for, read_parts
 from metier.errors import DataError, RunError
 from metier.evaluation import arms
@@ -182,6 +183,19 @@ def load(directory: Path) -> Workbench:
         labels=tuple(about["labels"]),
         passages=tuple(about["passages"]),
         removed_passages={},
+    )
+
+
+def read_inputs(task: Task, file: Path) -> list[Example]:
+    """Read requests from a file that is laid out as the task's data; outputs in it are ignored.
+
+    Raises:
+        DataError: the file or a row cannot be used.
+
+    """
+    columns = task.data.columns.model_copy(update={"output": None})
+    return read_examples(
+        file.name, task.kind, file.parent, task.data.format, columns, answers=False
     )
 
 

@@ -18,6 +18,7 @@ import json
 import logging
 import secrets
 import socket
+import threading
 import time
 from collections.abc import (
     AsyncGenerator,
@@ -25,6 +26,7 @@ from collections.abc import (
     Awaitable,
     Callable,
     Collection,
+    Iterator,
     Mapping,
     Sequence,
 )
@@ -165,10 +167,38 @@ def serve(
             "without a key anyone who reaches this address could use the model",
             "set METIER_API_KEY, or serve on 127.0.0.1",
         )
-    app = create_app(specialists, api_key, {*LOOPBACK, host, *allowed_hosts})
+    server = _server(create_app(specialists, api_key, {*LOOPBACK, host, *allowed_hosts}))
     with _listen(host, port) as listener:
         address = f"[{host}]" if ":" in host else host
-        config = uvicorn.Config(
+        if ready:
+            ready(f"http://{address}:{listener.getsockname()[1]}/v1")
+        with contextlib.suppress(KeyboardInterrupt):  # the usual way to end it
+            server.run(sockets=[listener])
+
+
+@contextlib.contextmanager
+def listening(specialists: Mapping[str, Specialist], api_key: str) -> Iterator[int]:
+    """Serve on a free port of this machine, from a thread, while the context lasts.
+
+    Yields:
+        the port, on 127.0.0.1.
+
+    """
+    server = _server(create_app(specialists, api_key))
+    with _listen("127.0.0.1", 0) as listener:
+        thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+        thread.start()
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            server.should_exit = True
+            thread.join(DRAIN_SECONDS)
+
+
+def _server(app: FastAPI) -> uvicorn.Server:
+    logging.getLogger("uvicorn.error").addFilter(_is_fault)
+    return uvicorn.Server(
+        uvicorn.Config(
             app,
             log_level="warning",
             access_log=False,
@@ -176,11 +206,7 @@ def serve(
             server_header=False,
             timeout_graceful_shutdown=DRAIN_SECONDS,
         )
-        logging.getLogger("uvicorn.error").addFilter(_is_fault)
-        if ready:
-            ready(f"http://{address}:{listener.getsockname()[1]}/v1")
-        with contextlib.suppress(KeyboardInterrupt):  # the usual way to end it
-            uvicorn.Server(config).run(sockets=[listener])
+    )
 
 
 def _is_fault(record: logging.LogRecord) -> bool:

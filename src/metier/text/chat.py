@@ -30,6 +30,7 @@ class ChatLayout:
         stop_id: id of the token that the template writes behind an answer, else EOS.
         writes_stop: the template ends its answers itself.
         ends: control tokens that end an answer where the template writes them.
+        lead: what it writes in front of an answer and not when it is asked for one.
         space: what stands in front of an answer's text and is encoded with it.
 
     Raises:
@@ -41,7 +42,7 @@ class ChatLayout:
         self._tokenizer = tokenizer
         self.name = f"chat template of {tokenizer.name}"
         self._left_out: dict[object, str] = {}
-        stop, self.space = self._probe()
+        stop, self.lead, self.space = self._probe()
         # A template that writes no stop token leaves it to us.
         self.stop_id = tokenizer.control_tokens[stop] if stop else tokenizer.eos_id
         self.writes_stop = bool(stop)
@@ -93,8 +94,20 @@ class ChatLayout:
                 "base whose template writes it",
             )
 
-    def _probe(self) -> tuple[str, str]:
-        """The stop token, and the space in front of an answer: words are encoded with theirs."""
+    def jinja(self) -> tuple[str, ...]:
+        """The template that gives the prompts that are served, for a tokenizer of its own."""
+        template = self._tokenizer.bare_template()
+        if self.lead:
+            lead = json.dumps(self.lead)
+            template += f"{{%- if add_generation_prompt -%}}{{{{- {lead} -}}}}{{%- endif -%}}"
+        bos = self._tokenizer.bos_id
+        text = self.render([{"role": "user", "content": "a question"}], (), ask=True)
+        if bos is None or text.startswith(self._tokenizer.decode([bos])):
+            return (template,)
+        return ("{{- bos_token -}}" + template,)
+
+    def _probe(self) -> tuple[str, str, str]:
+        """The stop token, and what stands in front of an answer: words are encoded with spaces."""
         question: list[Message] = [{"role": "user", "content": "a question"}]
         talk = ChatTalk(self, self._tokenizer, question, ())
         try:
@@ -106,7 +119,8 @@ class ChatLayout:
             ) from None
         lead = written[len(asked) :] if written.startswith(asked) else ""
         found = self._tokenizer.control_pattern.search(behind)
-        return found.group() if found else "", lead[len(lead.rstrip(" \t")) :]
+        bare = lead.rstrip(" \t")
+        return found.group() if found else "", bare, lead[len(bare) :]
 
     def _find_left_out(self, messages: Sequence[Message], tools: Tools) -> str:
         """Place of what is not written, found by the same chat with other words in it."""

@@ -7,6 +7,7 @@ merged across the border. Earlier answers in a chat are encoded apart in the sam
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -131,6 +132,14 @@ class Renderer:
             parts.append(f"⟦{text}⟧" if trained else text)
         return "".join(parts)
 
+    def jinja(self) -> tuple[str, ...]:
+        """Chat templates with which plain Transformers may write the same ids, the likeliest first.
+
+        No template can say that text is encoded in stretches, or that control tokens typed by
+        users are text: whether one gives the same ids must be seen on real chats.
+        """
+        return self._layout.jinja()
+
     @cached_property
     def fingerprint(self) -> str:
         """Hash of everything that decides ids."""
@@ -155,6 +164,8 @@ class _Layout(Protocol):
     stop_id: int
 
     def talk(self, messages: list[Message], tools: Tools) -> _Talk: ...
+
+    def jinja(self) -> tuple[str, ...]: ...
 
 
 def _row(talk: _Talk, index: int) -> Rendered:
@@ -221,6 +232,12 @@ class _TextLayout:
             raise DataError("tools", "cannot be written by a text template", "set template: chat")
         return _TextTalk(self._tokenizer, self._form, messages)
 
+    def jinja(self) -> tuple[str, ...]:
+        if self._tokenizer.bos_id is None:
+            return (_jinja("''", self._form),)
+        # Some tokenizers mark the start of a text with a blank, but not behind a control token.
+        return (_jinja("bos_token", self._form), _jinja("bos_token + ' '", self._form))
+
 
 class _TextTalk:
     def __init__(self, tokenizer: Tokenizer, form: _Form, messages: list[Message]) -> None:
@@ -254,6 +271,40 @@ class _TextTalk:
             elif content:
                 text += content.join(self._form.system)
         yield text + self._form.before_answer
+
+
+_JINJA = """
+{{- START -}}
+{%- for message in messages -%}
+{%- set content = message['content'] or '' -%}
+{%- if message['role'] == 'assistant' -%}
+{{- BEFORE + content | trim + (eos_token if loop.last else AFTER) -}}
+{%- elif message['role'] == 'user' -%}
+{{- USER + content + USER_END -}}
+{%- elif message['role'] in ['system', 'developer'] -%}
+{%- if content -%}{{- SYSTEM + content + SYSTEM_END -}}{%- endif -%}
+{%- else -%}
+{{- raise_exception('messages of tools cannot be written by this template') -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- BEFORE -}}{%- endif -%}
+""".strip()
+
+
+def _jinja(start: str, form: _Form) -> str:
+    """A form as a chat template; `start` is an expression."""
+    texts = {
+        "USER_END": form.user[1],
+        "USER": form.user[0],
+        "SYSTEM_END": form.system[1],
+        "SYSTEM": form.system[0],
+        "BEFORE": form.before_answer,
+        "AFTER": form.after_answer,
+    }
+    template = _JINJA.replace("START", start)
+    for name, text in texts.items():
+        template = template.replace(name, json.dumps(text))
+    return template
 
 
 def _text_of(message: Message, index: int) -> str:

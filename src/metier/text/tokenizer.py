@@ -6,6 +6,7 @@ the same characters typed by a user, or standing in a document, are encoded as p
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
@@ -221,9 +222,24 @@ class Tokenizer:
         ]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
-    def save(self, directory: Path) -> None:
-        """Write tokenizer files that `load` and transformers read."""
-        self._backend.save_pretrained(str(directory))
+    def save(self, directory: Path, chat_template: str | None = None) -> None:
+        """Write tokenizer files that `load` and transformers read.
+
+        Args:
+            directory: is there already.
+            chat_template: stands in place of its own one; decoding then changes no blanks either,
+                as `decode` changes none.
+
+        """
+        backend = copy.copy(self._backend)
+        if chat_template is not None:
+            backend.chat_template = chat_template
+            backend.clean_up_tokenization_spaces = False
+        backend.save_pretrained(str(directory))
+
+    def bare_template(self) -> str:
+        """The chat template for requests without tools; the tokenizer must have one."""
+        return str(self._backend.get_chat_template())
 
 
 def _load_backend(name: str) -> PreTrainedTokenizerFast:
