@@ -17,9 +17,9 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from metier.errors import ModelError
-from metier.model.adapters import add_lora, load_adapter, save_adapter
+from metier.model.adapters import add_adapter, load_adapter, save_adapter
 from metier.model.load import Base
-from metier.task import Lora
+from metier.task import Lora, Training
 
 IDS = torch.tensor([[1, 403, 407, 261, 378]])
 CONFIG = "adapter_config.json"
@@ -38,7 +38,7 @@ def logits(model: Any) -> torch.Tensor:
 
 def trained(base: Base, seed: int = 0) -> PeftModel:
     """An adapter whose B is no longer zero."""
-    model = add_lora(fresh(base).model, Lora(rank=4, alpha=8), seed)
+    model = add_adapter(fresh(base).model, "lora", Training(lora=Lora(rank=4, alpha=8)), seed)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -62,7 +62,7 @@ def weights(model: PeftModel) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def test_a_new_adapter_covers_all_linear_layers_but_the_head(base: Base) -> None:
-    model = add_lora(fresh(base).model, Lora(rank=4), 0)
+    model = add_adapter(fresh(base).model, "lora", Training(lora=Lora(rank=4)), 0)
     shapes = {name: tuple(p.shape) for name, p in weights(model)}
     assert len(shapes) == 2 * 7 * 5, "A and B of 7 linear layers in each of 5 blocks"
     assert not any("lm_head" in name or "embed" in name for name in shapes)
@@ -71,11 +71,11 @@ def test_a_new_adapter_covers_all_linear_layers_but_the_head(base: Base) -> None
 
 def test_its_start_depends_on_the_seed_alone(base: Base) -> None:
     torch.manual_seed(1)
-    one = dict(weights(add_lora(fresh(base).model, Lora(rank=4), 7)))
+    one = dict(weights(add_adapter(fresh(base).model, "lora", Training(lora=Lora(rank=4)), 7)))
     torch.manual_seed(2)
     half = fresh(base).model.to(torch.bfloat16)
-    two = dict(weights(add_lora(half, Lora(rank=4), 7)))
-    other = dict(weights(add_lora(fresh(base).model, Lora(rank=4), 8)))
+    two = dict(weights(add_adapter(half, "lora", Training(lora=Lora(rank=4)), 7)))
+    other = dict(weights(add_adapter(fresh(base).model, "lora", Training(lora=Lora(rank=4)), 8)))
     for name, start in one.items():
         assert torch.equal(start.float(), two[name].float())
         assert torch.equal(start, other[name]) == ("lora_B" in name)
@@ -83,7 +83,7 @@ def test_its_start_depends_on_the_seed_alone(base: Base) -> None:
 
 def test_its_start_is_spread_as_pefts(base: Base) -> None:
     """Kaiming-uniform with a = sqrt(5): uniform within 1/sqrt(inputs)."""
-    model = add_lora(fresh(base).model, Lora(rank=64), 0)
+    model = add_adapter(fresh(base).model, "lora", Training(lora=Lora(rank=64)), 0)
     values = torch.cat([p.flatten() for n, p in weights(model) if "q_proj.lora_A" in n])
     bound = 64**-0.5
     assert values.abs().max() <= bound
@@ -133,7 +133,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "record is no JSON": (lambda d: (d / "metier.json").write_text("x"), "missing or unreadable"),
     "record is a list": (lambda d: (d / "metier.json").write_text("[]"), "another base"),
     "no config": (lambda d: (d / CONFIG).unlink(), "missing or unreadable"),
-    "another kind": (lambda d: edit(d / CONFIG, peft_type="IA3"), "only LORA"),
+    "another kind": (lambda d: edit(d / CONFIG, peft_type="LOHA"), "known are LORA"),
     "rank is text": (lambda d: edit(d / CONFIG, r="many"), "does not fit"),
     "rank is zero": (lambda d: edit(d / CONFIG, r=0), "does not fit"),
     "targets are a number": (lambda d: edit(d / CONFIG, target_modules=7), "does not fit"),

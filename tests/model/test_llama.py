@@ -2,11 +2,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from metier.model.adapters import add_lora
+from metier.model.adapters import add_adapter
 from metier.model.backbone import hidden_states
 from metier.model.llama import LlamaForward, has_compiler, supports
 from metier.model.rows import groups
-from metier.task import Lora
+from metier.task import Lora, Training
 
 
 def model(kv_heads: int) -> LlamaForCausalLM:
@@ -65,7 +65,7 @@ def test_the_compiled_layer_computes_the_same() -> None:
 
 
 def test_an_adapter_computes_what_peft_computes() -> None:
-    adapted = add_lora(model(2), Lora(rank=3, alpha=5), seed=1)
+    adapted = add_adapter(model(2), "lora", Training(lora=Lora(rank=3, alpha=5)), 1)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -91,7 +91,7 @@ def test_an_adapter_computes_what_peft_computes() -> None:
 
 def test_what_it_cannot_compute_is_not_supported() -> None:
     assert supports(model(2))
-    assert not supports(add_lora(model(2), Lora(dropout=0.1), seed=0))
+    assert not supports(add_adapter(model(2), "lora", Training(lora=Lora(dropout=0.1)), 0))
     scaled = model(2)
     scaled.config.rope_parameters = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
     assert not supports(scaled)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from metier.errors import ModelError
+from metier.model.prelude import behind, prelude, virtual_tokens
 from metier.model.rows import side_by_side
 
 if TYPE_CHECKING:
@@ -22,9 +24,28 @@ def inner(model: PreTrainedModel | PeftModel) -> Any:
 
 
 def context_of(model: Any) -> int | None:
-    """Longest sequence a model can read, or None where it names no limit."""
+    """Longest sequence a model can read, or None where it names no limit.
+
+    Virtual tokens take their places first.
+    """
     limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return limit
+    return limit if limit is None else limit - virtual_tokens(model)
+
+
+def decoder_layers(model: PreTrainedModel | PeftModel) -> tuple[str, torch.nn.ModuleList]:
+    """The layers of a language model in their order, and the name of their list.
+
+    Raises:
+        ModelError: the model has no list of as many layers as its config names.
+
+    """
+    count = model.config.get_text_config().num_hidden_layers
+    for name, module in inner(model).named_modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
+            return name, module
+    raise ModelError(
+        type(inner(model)).__name__, f"has no list of {count} layers", "choose another base"
+    )
 
 
 def hidden_states(
@@ -40,9 +61,11 @@ def hidden_states(
     """
     language_model = inner(model)
     backbone: Any = getattr(language_model, language_model.base_model_prefix)
+    before = prelude(model)
 
     def read(padded: Tensor) -> Tensor:
-        found: Tensor = backbone(input_ids=padded, use_cache=False).last_hidden_state
+        past = behind(before, len(padded))
+        found: Tensor = backbone(input_ids=padded, **past).last_hidden_state
         return found
 
     return side_by_side(read, ids, lengths, context_of(model))
@@ -59,7 +82,7 @@ def output_weight(model: PreTrainedModel | PeftModel) -> Tensor | None:
     # Several tokens: that of padding may be nothing, which no scale changes.
     probe = torch.arange(min(8, len(head.weight)), device=head.weight.device)
     with torch.no_grad():
-        expected = inner(model)(input_ids=probe[None], use_cache=False).logits[0]
+        expected = inner(model)(input_ids=probe[None], **behind(prelude(model), 1)).logits[0]
         found = head(hidden_states(model, probe, [len(probe)]))
     return (
         head.weight

@@ -78,6 +78,7 @@ def run(
     """Compare the arms of a task and decide. The arguments are those of `recipes.run`."""
     task = read_task(task_file, overrides)
     _check_reference(task)
+    planning.check_machine(task)
     progress.stage("read and split the data")
     bench = open_workbench(task, task_file.parent)
     directory = Run(out)
@@ -132,6 +133,7 @@ def train_one(
         )
     if not arm.tuned:
         raise ConfigError(f"arm '{arm.name}'", "is not trained", f"use {', '.join(TUNED_METHODS)}")
+    planning.check_machine(task)
     bench = open_workbench(task, task_file.parent)
     estimate = planning.plan_training(bench, progress)
     planning.hold(estimate, task.budget if budget is None else budget)

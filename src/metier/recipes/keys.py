@@ -15,7 +15,7 @@ from metier.model.load import base_hash, locate
 from metier.recipes.workbench import Workbench
 from metier.records import Example
 from metier.runs import fingerprint
-from metier.task import Arm
+from metier.task import TUNINGS, Arm
 from metier.text.template import Renderer
 from metier.text.tokenizer import Tokenizer
 
@@ -100,12 +100,14 @@ class Keys:
 
     def _training(self, arm: Arm, seed: int) -> Inputs:
         """A tuned arm learns from the bare chat: no instruction, no labels unless it has a head."""
-        unread = {"seeds"}
-        if arm.method == "full":
-            unread.add("lora")
+        unread = {"seeds"} | {field for tuning in TUNINGS.values() for field in tuning.reads}
+        unread -= arm.tuning.reads if arm.tuning else frozenset()
         if arm.mode == "head":
             unread.add("rehearsal")
         training = self._bench.task.training.model_dump(mode="json", exclude=unread)
+        for field in ("layers", "added_tokens"):
+            if not training.get(field):  # as if the field had never been there
+                training.pop(field, None)
         found: Inputs = {"training": training, "seed": seed}
         return found | {"labels": self._bench.labels} if arm.mode == "head" else found
 
@@ -126,7 +128,7 @@ class Keys:
 
     def _looking_up(self, arm: Arm) -> Inputs:
         """How much that was looked up is shown depends on the room that an answer needs."""
-        if arm.method not in ("few-shot", "rag", "lora+rag"):
+        if arm.method != "few-shot" and not arm.retrieves:
             return {}
         found: Inputs = {"retrieval": self._bench.task.retrieval.model_dump(mode="json")}
         if arm.method != "few-shot":

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from metier.model.backbone import context_of, inner, output_weight
+from metier.model.prelude import behind, prelude
 from metier.model.rows import side_by_side
 from metier.training.forward import Forward, forward_of, mixed_precision
 from metier.training.losses import Criterion, of_head, of_logits
@@ -79,9 +80,10 @@ def _through_logits(
     """The same for a family whose logits are not just a product with the head."""
 
     def read(padded: Tensor) -> Tensor:
-        found: Tensor = inner(model)(input_ids=padded, use_cache=False).logits
+        found: Tensor = inner(model)(input_ids=padded, **behind(before, len(padded))).logits
         return found
 
     with mixed_precision(model):
+        before = prelude(model)
         logits = side_by_side(read, ids, lengths, context_of(model), wanted)
     return of_logits(logits, criterion)
