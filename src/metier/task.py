@@ -405,6 +405,13 @@ class Task(Config):
             simpler.append("classical")
         return tuple(Arm.of(text) for text in [*simpler, "lora"])
 
+    def reserved_tokens(self) -> int:
+        """Places of a base's context that virtual tokens take in some arm."""
+        virtual = any(
+            "virtual_tokens" in arm.tuning.reads for arm in self.chosen_arms() if arm.tuning
+        )
+        return self.training.virtual_tokens if virtual else 0
+
 
 def resolve(path: str, task_file: Path) -> Path:
     """A path in task.yaml is relative to the file it stands in."""

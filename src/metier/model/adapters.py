@@ -111,7 +111,7 @@ def load_adapter(base: Base, directory: Path) -> PeftModel:
     """Put a saved adapter into its base (in place).
 
     Args:
-        base: its base, with the adapter's own tokenizer (`vocabulary.with_own_tokenizer`).
+        base: its base, with the tokens that the adapter learned (`vocabulary.with_tokens_of`).
         directory: what `save_adapter` wrote.
 
     Raises:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -71,21 +71,23 @@ def hidden_states(
     return side_by_side(read, ids, lengths, context_of(model))
 
 
-def output_weight(model: PreTrainedModel | PeftModel) -> Tensor | None:
-    """Weight of the output head, shape (vocabulary, hidden), when logits are just its product.
+def output_weight(model: PreTrainedModel | PeftModel) -> Callable[[], Tensor] | None:
+    """The weight of the output head, when logits are just its product.
 
-    Some families scale or cap their logits; for them the answer is None.
+    Returns:
+        a function that gives it as it is now, shape (vocabulary, hidden): rows of new tokens are
+        put into it anew each time. None for families that scale or cap their logits.
+
     """
     head = inner(model).get_output_embeddings()
-    if not isinstance(head, torch.nn.Linear) or head.bias is not None:
+    bare = getattr(head, "original_module", head)  # beneath rows of new tokens
+    if not isinstance(bare, torch.nn.Linear) or bare.bias is not None:
         return None
     # Several tokens: that of padding may be nothing, which no scale changes.
-    probe = torch.arange(min(8, len(head.weight)), device=head.weight.device)
+    probe = torch.arange(min(8, len(bare.weight)), device=bare.weight.device)
     with torch.no_grad():
         expected = inner(model)(input_ids=probe[None], **behind(prelude(model), 1)).logits[0]
         found = head(hidden_states(model, probe, [len(probe)]))
-    return (
-        head.weight
-        if torch.allclose(expected.float(), found.float(), rtol=1e-3, atol=1e-3)
-        else None
-    )
+    if not torch.allclose(expected.float(), found.float(), rtol=1e-3, atol=1e-3):
+        return None
+    return lambda: head.weight

@@ -32,7 +32,7 @@ def add_tokens(base: Base, tokens: Sequence[str]) -> Base:
     """
     known = base.tokenizer.vocab_size
     tokenizer = base.tokenizer.extended(tokens)
-    grow(base.model, tokenizer.vocab_size)
+    _grow(base.model, tokenizer.vocab_size)
     with torch.no_grad():
         for weight in _rows(base.model):
             mean = weight[:known].float().mean(0)
@@ -40,14 +40,19 @@ def add_tokens(base: Base, tokens: Sequence[str]) -> Base:
     return replace(base, tokenizer=tokenizer)
 
 
-def with_own_tokenizer(base: Base, directory: Path) -> Base:
-    """A base with the tokenizer that lies beside an adapter, where it learned new tokens."""
+def with_tokens_of(base: Base, directory: Path) -> Base:
+    """A base with the tokenizer that lies beside an adapter, where that learned new tokens.
+
+    Its model gets rows for them in place; what stands there comes with the adapter.
+    """
     if not (directory / _TOKENIZER).is_file():
         return base
-    return replace(base, tokenizer=Tokenizer.load(directory, base.tokenizer.stop_ids))
+    tokenizer = Tokenizer.load(directory, base.tokenizer.stop_ids)
+    _grow(base.model, tokenizer.vocab_size)
+    return replace(base, tokenizer=tokenizer)
 
 
-def grow(model: PreTrainedModel, rows: int) -> None:
+def _grow(model: PreTrainedModel, rows: int) -> None:
     """Give the embeddings at least so many rows; some models have more than tokens already."""
     if rows > len(_rows(model)[0]):
         model.resize_token_embeddings(rows, mean_resizing=False)

@@ -83,11 +83,13 @@ class Keys:
         """Of what a tuned arm knows, or its base, which is measured without a template."""
         material = self._bench.material
         hashes = self._base(arm)
-        return {
+        found: Inputs = {
             "edition": _EDITION,
             "model": directory.name if directory else [hashes["weights"], hashes["tokenizer"]],
             "material": fingerprint([dataclasses.asdict(material)]),
         }
+        reserved = self._bench.task.reserved_tokens()
+        return found | {"reserved": reserved} if reserved else found
 
     def rehearsal(self, arm: Arm) -> Inputs:
         """Of what a base writes of its own, without a template."""

@@ -24,7 +24,8 @@ from metier.model.backbone import context_of
 from metier.model.generate import Engine
 from metier.model.head import HeadGenerator, load_head
 from metier.model.load import Base, base_hash, load_base
-from metier.model.vocabulary import add_tokens, with_own_tokenizer
+from metier.model.prelude import virtual_tokens
+from metier.model.vocabulary import add_tokens, with_tokens_of
 from metier.progress import Progress
 from metier.recipes.workbench import Workbench
 from metier.records import Chat, Completion, Example, Generator
@@ -138,7 +139,7 @@ def load_engine(bench: Workbench, arm: Arm, tuned: Path | None) -> Engine:
         base = load_base(str(tuned))
         return make_engine(bench, base, base.model)
     base = load_base(_base_name(bench, arm), four_bit=arm.tuning.four_bit)
-    base = with_own_tokenizer(base, tuned)
+    base = with_tokens_of(base, tuned)
     return make_engine(bench, base, load_adapter(base, tuned))
 
 
@@ -194,6 +195,13 @@ def _answer_length(bench: Workbench, renderer: Renderer, limit: int) -> int:
         rows.pop()
     lengths = [len(encode(label)) for label in bench.labels] + [n for n, _ in rows[-1:]]
     return math.ceil(max(lengths, default=1) * 1.25) + 1
+
+
+def common_context(bench: Workbench, engine: Engine) -> int | None:
+    """What the models of all arms over one base can read, so that all read the same text."""
+    if engine.context is None:
+        return None
+    return engine.context + virtual_tokens(engine.model) - bench.task.reserved_tokens()
 
 
 def longest_row(bench: Workbench, engine: arms.Reader) -> int:

@@ -90,7 +90,8 @@ class Tokenizer:
         """The same with new tokens behind all others: each stands for its text wherever that is.
 
         Raises:
-            ConfigError: one is a token already.
+            ConfigError: one is a token already, or changes text: tokenizers that mark the start of
+                a text mark that behind a new token, too, and others lose characters beyond ASCII.
 
         """
         from tokenizers import AddedToken
@@ -105,7 +106,15 @@ class Tokenizer:
         backend = copy.deepcopy(self._backend)
         # Not normalised: they are found in a text as it is written, and come out so.
         backend.add_tokens([AddedToken(token, normalized=False) for token in tokens])
-        return Tokenizer(backend, self.name, sorted(self.stop_ids))
+        found = Tokenizer(backend, self.name, sorted(self.stop_ids))
+        for text in (f"a {token}b" for token in tokens):
+            if (back := found.decode(found.encode(text))) != text:
+                raise ConfigError(
+                    "training.added_tokens",
+                    f"'{self.name}' would read '{text}' as '{back}'",
+                    "use ASCII characters, or a base with another tokenizer",
+                )
+        return found
 
     def encode(self, text: str, after: After = "start") -> list[int]:
         """Ids of plain text: no BOS or EOS is added and no control token is ever yielded.

@@ -61,13 +61,13 @@ class Scorer:
 
 def _through_head(
     forward: Forward,
-    weight: Tensor,
+    weight: Callable[[], Tensor],
     ids: Tensor,
     lengths: Sequence[int],
     wanted: Tensor,
     criterion: Criterion,
 ) -> Tensor:
-    return of_head(forward(ids, lengths)[wanted], weight, criterion)
+    return of_head(forward(ids, lengths)[wanted], weight(), criterion)
 
 
 def _through_logits(
