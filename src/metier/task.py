@@ -54,19 +54,18 @@ TUNINGS = {
         Tuning("rslora"),
         Tuning("dora"),
         Tuning("pissa", decays=False),
-        Tuning("ia3", "IA3", reads=frozenset({"layers"}), decays=False),
-        Tuning("prompt-tuning", "PROMPT_TUNING", reads=_VIRTUAL, decays=False),
-        Tuning("prefix-tuning", "PREFIX_TUNING", reads=_VIRTUAL, decays=False),
+        Tuning("ia3", "IA3", 30, frozenset({"layers"}), decays=False),
+        Tuning("prompt-tuning", "PROMPT_TUNING", 100, _VIRTUAL, decays=False),
+        Tuning("prefix-tuning", "PREFIX_TUNING", 50, _VIRTUAL, decays=False),
         Tuning("qlora", four_bit=True),
-        Tuning("full", "", rate=0.15, reads=frozenset({"layers", "added_tokens"})),
+        Tuning("full", "", 0.15, frozenset({"layers", "added_tokens"})),
     )
 }
 """Every way of updating a base, by name."""
 
 _RAG = "+rag"
 SIMPLER_METHODS = ("prompt", "few-shot", "rag", "classical")
-TUNED_METHODS = (*TUNINGS, *(name + _RAG for name in TUNINGS))
-METHODS = (*SIMPLER_METHODS, *TUNED_METHODS, "remote")
+METHODS = (*SIMPLER_METHODS, "remote", *TUNINGS, *(name + _RAG for name in TUNINGS))
 MODES = ("text", "likelihood", "head")
 
 
@@ -351,7 +350,11 @@ class Task(Config):
         for text in arms:
             arm = Arm.of(text)
             if arm.method not in METHODS:
-                raise ValueError(f"'{arm.method}' is no arm; choose from {', '.join(METHODS)}")
+                names = ", ".join((*SIMPLER_METHODS, "remote", *TUNINGS))
+                raise ValueError(
+                    f"'{arm.method}' is no arm; choose from {names}, or one that is trained with "
+                    f"{_RAG} behind it"
+                )
             if arm.mode not in MODES:
                 raise ValueError(f"'{arm.mode}' is no mode; choose from {', '.join(MODES)}")
         if len({Arm.of(text).name for text in arms}) != len(arms):

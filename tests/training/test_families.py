@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,11 @@ from transformers import AutoModelForCausalLM
 
 from metier.model.adapters import add_adapter, load_adapter, save_adapter, unfreeze
 from metier.model.decoder import Decoder
-from metier.model.load import Base, load_base
+from metier.model.load import Base, load_base, starter_path
+from metier.progress import Progress, Silent
 from metier.task import TUNINGS, Lora, Training
 from metier.text.template import Renderer
+from metier.training import sft
 from metier.training.batches import Batch, Row
 from metier.training.scoring import Scorer
 from metier.training.sft import answer_loss, default_learning_rate, fit
@@ -117,18 +120,89 @@ def prompts_of(tuned: Tuned) -> list[list[int]]:
     return [ids[0][:1], ids[1], ids[2] + ids[3], ids[3][:5]]
 
 
+def check(base: Path, kind: str, directory: Path) -> None:
+    """Train, write and read again: by PEFT, and by metier."""
+    tuned = tune(base, kind)
+    assert tuned.after < 0.95 * tuned.before
+    write(tuned, kind, directory)
+    prompts = prompts_of(tuned)
+    found = ours(tuned.model, prompts)
+    expected = alone(plain(base, kind, directory), prompts)
+    assert torch.allclose(found, expected, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(found, alone(load(base).model, prompts), atol=1e-2)
+    if TUNINGS[kind].adapter:
+        again = ours(load_adapter(load(base), directory), prompts)
+        assert torch.allclose(found, again, atol=1e-5)
+
+
 @pytest.mark.parametrize(("family", "kind"), MATRIX)
 def test_what_is_trained_is_what_others_read(
     bases: dict[str, Path], tmp_path: Path, family: str, kind: str
 ) -> None:
-    tuned = tune(bases[family], kind)
-    assert tuned.after < 0.95 * tuned.before
-    write(tuned, kind, tmp_path)
-    prompts = prompts_of(tuned)
-    found = ours(tuned.model, prompts)
-    expected = alone(plain(bases[family], kind, tmp_path), prompts)
-    assert torch.allclose(found, expected, atol=1e-4, rtol=1e-4)
-    assert not torch.allclose(found, alone(load(bases[family]).model, prompts), atol=1e-2)
-    if TUNINGS[kind].adapter:
-        again = ours(load_adapter(load(bases[family]), tmp_path), prompts)
-        assert torch.allclose(found, again, atol=1e-5)
+    check(bases[family], kind, tmp_path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_on_real_weights(stories260k: Path, tmp_path: Path, kind: str) -> None:
+    check(stories260k, kind, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["lora", "prefix-tuning"])
+def test_the_same_on_the_starter(tmp_path: Path, kind: str) -> None:
+    check(starter_path(), kind, tmp_path)
+
+
+def test_what_is_read_otherwise_is_seen(bases: dict[str, Path], tmp_path: Path) -> None:
+    """Control: an adapter whose scale was changed on the disk is not what was trained."""
+    write(tune(bases["Llama"], "lora"), "lora", tmp_path)
+    tuned = load_adapter(load(bases["Llama"]), tmp_path)
+    config = tmp_path / "adapter_config.json"
+    config.write_text(config.read_text().replace('"use_rslora": false', '"use_rslora": true'))
+    prompts = [[5, 6, 7]]
+    expected = alone(plain(bases["Llama"], "lora", tmp_path), prompts)
+    assert not torch.allclose(ours(tuned, prompts), expected, atol=1e-2)
+
+
+class Interrupted(Silent):
+    """Stops a training in its tenth step, as Ctrl-C would."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def advance(self, steps: int = 1, **figures: object) -> None:
+        self.steps += steps
+        if self.steps == 10:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("kind", ["pissa", "prompt-tuning"])
+def test_an_interrupted_training_goes_on_as_if_it_had_not_been(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(sft, "_CHECKPOINT_SECONDS", 0.0)
+
+    def train(directory: Path | None, progress: Progress) -> dict[str, torch.Tensor]:
+        _, model, rows = prepared(bases["Llama"], kind, TRAINING)
+        loss = answer_loss(Scorer(model))
+        rate = default_learning_rate(model, TUNINGS[kind])
+        settings: dict[str, Any] = {"learning_rate": rate, "seed": 0, "progress": progress}
+        fit(model, loss, rows, rows, TRAINING, directory=directory, **settings)
+        return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+    whole = train(None, Silent())
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, Interrupted())
+    resumed = train(tmp_path, Silent())
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_chosen_layers_alone_are_trained_in_every_family(
+    bases: dict[str, Path], family: str
+) -> None:
+    training = TRAINING.model_copy(update={"layers": (-1,)})
+    for kind in ("full", "lora", "ia3"):
+        _, model, _ = prepared(bases[family], kind, training)
+        names = [name for name, p in model.named_parameters() if p.requires_grad]
+        assert names
+        assert all(re.search(r"\.(layers|h)\.1\.", name) for name in names), names

@@ -185,7 +185,7 @@ def _numbers(model: PreTrainedModel, layers: Sequence[int]) -> list[int]:
         if not -count <= number < count:
             raise ConfigError(
                 "training.layers",
-                f"names layer {number}, but the base has {count}",
+                f"names layer {number}, but the base has {count} layers",
                 f"give numbers from 0 to {count - 1}, or from -1 to -{count} to count from the end",
             )
     return sorted({number % count for number in layers})

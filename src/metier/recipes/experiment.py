@@ -36,7 +36,7 @@ from metier.recipes.keys import Inputs, Keys
 from metier.recipes.workbench import Workbench, open_workbench, read_task, save
 from metier.records import Example
 from metier.runs import Run, fingerprint
-from metier.task import SIMPLER_METHODS, TUNED_METHODS, Arm, Task
+from metier.task import SIMPLER_METHODS, TUNINGS, Arm, Task
 from metier.training import rehearsal
 
 C = TypeVar("C", bound=Config)
@@ -132,7 +132,7 @@ def train_one(
             f"choose one of {', '.join(bases)}, e.g. --set base={bases[0]}",
         )
     if not arm.tuned:
-        raise ConfigError(f"arm '{arm.name}'", "is not trained", f"use {', '.join(TUNED_METHODS)}")
+        raise ConfigError(f"arm '{arm.name}'", "is not trained", f"use {', '.join(TUNINGS)}")
     planning.check_machine(task)
     bench = open_workbench(task, task_file.parent)
     estimate = planning.plan_training(bench, progress)
