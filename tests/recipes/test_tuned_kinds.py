@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from metier import recipes
 from metier.errors import ConfigError, MissingExtraError, TrainingError
 from metier.model import quantised
+from metier.model.device import compute_dtype
+from metier.model.load import load_base
 from metier.progress import Silent
 from metier.recipes import making, planning, tuning
 from metier.recipes.experiment import read_verdict
@@ -179,6 +182,18 @@ def test_the_plan_measures_each_way_of_tuning(tmp_path: Path, stories260k: Path)
     plan = planning.plan(bench, Silent())
     assert {arm.arm for arm in plan.arms} == set(arms)
     assert all(arm.minutes > 0 for arm in plan.arms)
+
+
+def test_of_a_whole_model_the_chosen_layers_alone_are_changed(
+    tmp_path: Path, stories260k: Path
+) -> None:
+    bench = opened(tmp_path, stories260k, training={**TRAINING, "layers": [-1]})
+    out = tuned(bench, Arm.of("full"), tmp_path / "made")
+    after = load_file(out / "model.safetensors")
+    before = load_base(str(stories260k)).model.to(compute_dtype(torch.device("cpu"))).state_dict()
+    changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    assert changed
+    assert all(name.startswith("model.layers.4.") for name in changed)
 
 
 @pytest.mark.parametrize(

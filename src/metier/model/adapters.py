@@ -87,7 +87,7 @@ def unfreeze(model: PreTrainedModel, layers: Sequence[int]) -> None:
 
     """
     model.requires_grad_(requires_grad=not layers)
-    for number in _numbers(model, layers):
+    for number in _numbers(model, layers) if layers else ():
         decoder_layers(model)[1][number].requires_grad_(requires_grad=True)
 
 
@@ -192,19 +192,31 @@ def _numbers(model: PreTrainedModel, layers: Sequence[int]) -> list[int]:
 
 
 def _linear_layers(model: PreTrainedModel, layers: Sequence[int]) -> dict[str, Any]:
-    """The linear layers but the output head by name, of some layers or of all."""
+    """The linear layers but the output head by name, of some layers or of all.
+
+    Raises:
+        ConfigError: the base has no such layer.
+        ModelError: there is none.
+
+    """
     from transformers.pytorch_utils import Conv1D
 
     language_model: Any = model
-    head, start = language_model.get_output_embeddings(), decoder_layers(model)[0]
-    chosen = tuple(f"{start}.{number}." for number in _numbers(model, layers)) or ("",)
-    return {
+    head = language_model.get_output_embeddings()
+    start: tuple[str, ...] = ("",)
+    if layers:
+        name = decoder_layers(model)[0]
+        start = tuple(f"{name}.{number}." for number in _numbers(model, layers))
+    found = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, (torch.nn.Linear, Conv1D))
         and module is not head
-        and name.startswith(chosen)
+        and name.startswith(start)
     }
+    if not found:
+        raise ModelError(type(model).__name__, "has no linear layers", "use full")
+    return found
 
 
 def _ia3_targets(model: PreTrainedModel, linear: dict[str, Any]) -> tuple[list[str], list[str]]:
@@ -220,17 +232,18 @@ def _ia3_targets(model: PreTrainedModel, linear: dict[str, Any]) -> tuple[list[s
     )
 
     family = model.config.get_text_config().model_type
-    if family not in TARGETS:
+
+    def of(known: dict[str, list[str]]) -> list[str]:
+        ends = tuple(f".{end}" for end in known.get(family, ()))
+        return [name for name in linear if name.endswith(ends)]
+
+    if not (targets := of(TARGETS)):
         raise ModelError(
             type(model).__name__,
             f"is of the family '{family}', for which PEFT names no layers that IA3 scales",
             "use lora instead",
         )
-
-    def of(ends: Sequence[str]) -> list[str]:
-        return [name for name in linear if name.endswith(tuple(f".{end}" for end in ends))]
-
-    return of(TARGETS[family]), of(FORWARD[family])
+    return targets, of(FORWARD)
 
 
 def _token_places(model: PreTrainedModel, new_ids: Sequence[int]) -> dict[str, list[int]]:
