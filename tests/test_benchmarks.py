@@ -18,7 +18,7 @@ import train
 from training.ceiling import lora_operations
 from training.fine_tuning import TUNED
 
-from metier.model.adapters import add_lora
+from metier.model.adapters import add_adapter
 from metier.model.load import load_base
 from metier.task import Lora, Training
 from metier.text.tokenizer import Tokenizer
@@ -326,7 +326,7 @@ def test_operations_are_those_of_the_products(spec: dict[str, Any]) -> None:
 
     base = load_base(spec["base"], dtype=torch.float32)
     base.model.set_attn_implementation("eager")
-    model: Any = add_lora(base.model, Lora(), seed=0)
+    model: Any = add_adapter(base.model, "lora", Training(), seed=0)
     length, width = 37, TINY["hidden_size"]
     with FlopCounterMode(display=False) as counter:
         ids = torch.arange(length)[None]

@@ -18,11 +18,11 @@ import numpy as np
 import torch
 
 from metier.data import stream
-from metier.model.adapters import add_lora, save_adapter
+from metier.model.adapters import add_adapter, save_adapter
 from metier.model.load import load_base, starter_path
 from metier.records import Message
 from metier.runs import publish
-from metier.task import Lora, Training
+from metier.task import Training
 from metier.text.template import Renderer
 from metier.text.tokenizer import Tokenizer
 from metier.training import sft
@@ -72,7 +72,7 @@ def write_base(directory: Path, data: Path, shape: dict[str, Any]) -> None:
     model.get_input_embeddings().weight.data.normal_(0, _SPREAD / math.sqrt(shape["hidden_size"]))
     model.bfloat16().save_pretrained(directory)
     base = load_base(str(directory))
-    save_adapter(add_lora(base.model, Lora(), seed=0), directory / "adapter", base)
+    save_adapter(add_adapter(base.model, "lora", Training(), seed=0), directory / "adapter", base)
 
 
 def write_tokenizer(directory: Path, source: Path, size: int) -> int:

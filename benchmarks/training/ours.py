@@ -13,7 +13,7 @@ from torch import Tensor
 
 import metier
 from metier.evaluation.statistics import ratio
-from metier.model.adapters import add_lora
+from metier.model.adapters import add_adapter
 from metier.model.device import set_up_processor
 from metier.model.generate import Engine
 from metier.model.load import load_base
@@ -86,7 +86,7 @@ def train(spec: Spec) -> dict[str, Any]:
     base = load_base(spec["base"], dtype=torch.float32 if full else None)
     model: Any = base.model.requires_grad_(full)
     if not full:
-        model = add_lora(base.model, training.lora, seed=0)
+        model = add_adapter(base.model, "lora", training, seed=0)
     rows = material.read_rows(Path(spec["rows"]))
     listener = _listener(spec, spec["steps"])
     loss = _counted(sft.answer_loss(Scorer(model)), listener.steps)

@@ -6,6 +6,7 @@ except `name`, `kind` and `data`.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -21,9 +22,50 @@ Format = Literal[
     "auto", "prompt-completion", "question-answer", "text-label", "messages", "alpaca", "sharegpt"
 ]
 
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """One way of updating a base: the single place that says what each can do (docs/methods.md).
+
+    Attributes:
+        name: how arms and reports call it.
+        adapter: PEFT's name of its kind; empty where weights of the base itself are trained.
+        rate: default learning rate, as a factor on LoRA's.
+        reads: fields of `training` that only some ways read, and this one does.
+        decays: whether weight decay pulls towards the base; else there is none.
+        four_bit: whether the base is held in four bits, which takes an accelerator.
+
+    """
+
+    name: str
+    adapter: str = "LORA"
+    rate: float = 1.0
+    reads: frozenset[str] = frozenset({"lora", "layers", "added_tokens"})
+    decays: bool = True
+    four_bit: bool = False
+
+
+_VIRTUAL = frozenset({"virtual_tokens"})
+
+TUNINGS = {
+    tuning.name: tuning
+    for tuning in (
+        Tuning("lora"),
+        Tuning("rslora"),
+        Tuning("dora"),
+        Tuning("pissa", decays=False),
+        Tuning("ia3", "IA3", 30, frozenset({"layers"}), decays=False),
+        Tuning("prompt-tuning", "PROMPT_TUNING", 100, _VIRTUAL, decays=False),
+        Tuning("prefix-tuning", "PREFIX_TUNING", 50, _VIRTUAL, decays=False),
+        Tuning("qlora", four_bit=True),
+        Tuning("full", "", 0.15, frozenset({"layers", "added_tokens"})),
+    )
+}
+"""Every way of updating a base, by name."""
+
+_RAG = "+rag"
 SIMPLER_METHODS = ("prompt", "few-shot", "rag", "classical")
-TUNED_METHODS = ("lora", "full", "lora+rag")
-METHODS = (*SIMPLER_METHODS, *TUNED_METHODS, "remote")
+METHODS = (*SIMPLER_METHODS, "remote", *TUNINGS, *(name + _RAG for name in TUNINGS))
 MODES = ("text", "likelihood", "head")
 
 
@@ -96,12 +138,12 @@ class Split(Config):
 
 
 class Lora(Config):
-    """Low-rank adapter (Hu et al. 2021, arXiv 2106.09685) on all linear layers."""
+    """Low-rank adapters on all linear layers: lora, rslora, dora, pissa and qlora."""
 
     rank: Annotated[int, Field(gt=0, le=512)] = 16
     """Rank of the update."""
     alpha: Annotated[FiniteFloat, Field(gt=0)] = 32
-    """The update is scaled by alpha / rank."""
+    """The update is scaled by alpha / rank; for rslora by alpha / sqrt(rank)."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the adapter's input."""
 
@@ -118,7 +160,8 @@ class Training(Config):
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Share of steps in which the learning rate rises; then it falls on a cosine."""
     weight_decay: Annotated[float, Field(ge=0, lt=1)] = 0.01
-    """Decoupled weight decay."""
+    """Decoupled weight decay of matrices, where it pulls towards the base: not for ia3, pissa,
+    prompt-tuning and prefix-tuning."""
     patience: Annotated[int, Field(ge=0)] = 2
     """Stop after this many evaluations without fewer mistakes on the validation part, or as few
     and a lower loss; a head goes by its loss alone (0: never)."""
@@ -135,7 +178,14 @@ class Training(Config):
     """Keep only a part of every layer in each process that torchrun starts (FSDP2): for a base
     that is too large for one device."""
     lora: Lora = Lora()
-    """Low-rank adapters."""
+    """Low-rank adapters: lora, rslora, dora, pissa and qlora."""
+    virtual_tokens: Annotated[int, Field(gt=0, le=1000)] = 20
+    """Tokens without text that prompt-tuning and prefix-tuning put before every input."""
+    layers: tuple[int, ...] = ()
+    """Numbers of the layers that are trained, the first is 0, -1 is the last; by default all.
+    With full, embeddings and output head are then left as they are."""
+    added_tokens: tuple[str, ...] = ()
+    """New tokens, such as `<gene>`, which the vocabulary gets and the training learns."""
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0, 1, 2)
     """Every tuned arm is trained once per seed; a verdict wants at least three."""
 
@@ -145,6 +195,16 @@ class Training(Config):
         if len(set(seeds)) != len(seeds):
             raise ValueError("the same seed stands twice")
         return seeds
+
+    @field_validator("added_tokens")
+    @classmethod
+    def _tokens(cls, tokens: tuple[str, ...]) -> tuple[str, ...]:
+        for token in tokens:
+            if not token or any(character.isspace() for character in token):
+                raise ValueError(f"'{token}' is no token: it must have characters, and no space")
+        if len(set(tokens)) != len(tokens):
+            raise ValueError("the same token stands twice")
+        return tokens
 
 
 class Forgetting(Config):
@@ -198,9 +258,19 @@ class Arm(Config):
         return cls(method=method, mode=mode or "text")
 
     @property
+    def tuning(self) -> Tuning | None:
+        """How its base is updated; None where it is not."""
+        return TUNINGS.get(self.method.removesuffix(_RAG))
+
+    @property
     def tuned(self) -> bool:
         """Whether it needs training of a language model."""
-        return self.method in TUNED_METHODS
+        return self.tuning is not None
+
+    @property
+    def retrieves(self) -> bool:
+        """Whether passages that are looked up stand beside its inputs."""
+        return self.method == "rag" or self.method.endswith(_RAG)
 
     @property
     def may_forget(self) -> bool:
@@ -243,7 +313,8 @@ class Task(Config):
     python:FILE.py:FUNCTION, or the mapping of an OpenAI-style grader. auto: exact for
     classification, fields where answers are JSON, token_f1 or rouge_l else."""
     arms: tuple[str, ...] = ()
-    """Arms to compare: prompt, few-shot, rag, classical, lora, full, lora+rag, remote; for a closed
+    """Arms to compare: prompt, few-shot, rag, classical, remote; lora, rslora, dora, pissa, ia3,
+    prompt-tuning, prefix-tuning, qlora, full, each also with retrieval, e.g. lora+rag. For a closed
     label set also with a mode, e.g. prompt/likelihood or full/head. By default all simpler ones
     that fit the kind, and lora."""
     split: Split = Split()
@@ -282,7 +353,11 @@ class Task(Config):
         for text in arms:
             arm = Arm.of(text)
             if arm.method not in METHODS:
-                raise ValueError(f"'{arm.method}' is no arm; choose from {', '.join(METHODS)}")
+                names = ", ".join((*SIMPLER_METHODS, "remote", *TUNINGS))
+                raise ValueError(
+                    f"'{arm.method}' is no arm; choose from {names}, or one that is trained with "
+                    f"{_RAG} behind it"
+                )
             if arm.mode not in MODES:
                 raise ValueError(f"'{arm.mode}' is no mode; choose from {', '.join(MODES)}")
         if len({Arm.of(text).name for text in arms}) != len(arms):
@@ -300,11 +375,28 @@ class Task(Config):
                 raise ValueError(
                     f"the arm '{arm.name}': likelihood goes with prompt, few-shot, rag"
                 )
-            if arm.mode == "head" and arm.method not in ("lora", "full"):
-                raise ValueError(f"the arm '{arm.name}': only lora and full can carry a head")
+            if arm.mode == "head" and (not arm.tuned or arm.retrieves):
+                heads = ", ".join(TUNINGS)
+                raise ValueError(f"the arm '{arm.name}': only {heads} can carry a head")
             if arm.method == "remote" and self.remote is None:
                 raise ValueError("the arm 'remote' needs the section 'remote'")
+            self._can_be_trained(arm)
         return self
+
+    def _can_be_trained(self, arm: Arm) -> None:
+        """Refuse what a way of tuning would otherwise leave out in silence."""
+        training, tuning = self.training, arm.tuning
+        if tuning is None:
+            return
+        for field in ("layers", "added_tokens"):
+            if getattr(training, field) and field not in tuning.reads:
+                fit = ", ".join(name for name, one in TUNINGS.items() if field in one.reads)
+                raise ValueError(f"the arm '{arm.name}' cannot have training.{field}: {fit} can")
+        if training.layers and training.added_tokens and not tuning.adapter:
+            raise ValueError(
+                f"the arm '{arm.name}': with training.layers the embeddings stay as they are, so "
+                "training.added_tokens would not be learned"
+            )
 
     def bases(self) -> tuple[str, ...]:
         """The bases to compare."""
@@ -318,6 +410,13 @@ class Task(Config):
         if self.kind == "classification":
             simpler.append("classical")
         return tuple(Arm.of(text) for text in [*simpler, "lora"])
+
+    def reserved_tokens(self) -> int:
+        """Places of a base's context that virtual tokens take in some arm."""
+        virtual = any(
+            "virtual_tokens" in arm.tuning.reads for arm in self.chosen_arms() if arm.tuning
+        )
+        return self.training.virtual_tokens if virtual else 0
 
 
 def resolve(path: str, task_file: Path) -> Path:

@@ -14,11 +14,11 @@ from scipy import stats
 
 from metier.errors import DataError, ModelError
 from metier.model import decoder
-from metier.model.adapters import add_lora
+from metier.model.adapters import add_adapter
 from metier.model.generate import Engine, _Draw
 from metier.model.load import Base
 from metier.records import Completion, Generator, Message
-from metier.task import Lora
+from metier.task import Lora, Training
 from metier.text.template import Renderer
 
 STARTS = [
@@ -141,7 +141,7 @@ def test_common_starts_are_read_once(base: Base, stopping: Renderer) -> None:
 
 
 def test_dropout_is_off_and_the_mode_restored(base: Base, stopping: Renderer) -> None:
-    model = add_lora(deepcopy(base.model), Lora(rank=4, dropout=0.5), 0)
+    model = add_adapter(deepcopy(base.model), "lora", Training(lora=Lora(rank=4, dropout=0.5)), 0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)

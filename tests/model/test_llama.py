@@ -1,12 +1,13 @@
 import pytest
 import torch
+from peft import PeftModel
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from metier.model.adapters import add_lora
+from metier.model.adapters import add_adapter
 from metier.model.backbone import hidden_states
 from metier.model.llama import LlamaForward, has_compiler, supports
 from metier.model.rows import groups
-from metier.task import Lora
+from metier.task import Lora, Training
 
 
 def model(kv_heads: int) -> LlamaForCausalLM:
@@ -64,11 +65,19 @@ def test_the_compiled_layer_computes_the_same() -> None:
         assert torch.allclose(plain, compiled_one, atol=1e-3, rtol=1e-4)
 
 
-def test_an_adapter_computes_what_peft_computes() -> None:
-    adapted = add_lora(model(2), Lora(rank=3, alpha=5), seed=1)
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
+def changed(kind: str, lora: Lora, **training: object) -> PeftModel:
+    """An adapter whose every parameter has moved from its start."""
+    adapted = add_adapter(model(2), kind, Training(lora=lora, **training), 1)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data += torch.randn(parameter.shape) * 0.1
+    return adapted
+
+
+@pytest.mark.parametrize("kind", ["lora", "rslora", "pissa"])
+@pytest.mark.parametrize("layers", [(), (1,)])
+def test_an_adapter_computes_what_peft_computes(kind: str, layers: tuple[int, ...]) -> None:
+    adapted = changed(kind, Lora(rank=3, alpha=5), layers=layers)
     assert supports(adapted)
     lengths = [200, 190, 40, 30, 3]
     ids = torch.randint(0, 90, (sum(lengths),))
@@ -84,14 +93,18 @@ def test_an_adapter_computes_what_peft_computes() -> None:
     assert any("lora_A" in name for name in gradients)
     for name, parameter in adapted.named_parameters():
         if name in gradients:
-            assert torch.allclose(parameter.grad, gradients[name], atol=1e-4, rtol=1e-4), name
+            assert torch.allclose(parameter.grad, gradients[name], atol=2e-3, rtol=1e-4), name
         else:
             assert parameter.grad is None, name
 
 
 def test_what_it_cannot_compute_is_not_supported() -> None:
     assert supports(model(2))
-    assert not supports(add_lora(model(2), Lora(dropout=0.1), seed=0))
+    for kind in ("lora", "rslora", "pissa"):
+        adapted = add_adapter(model(2), kind, Training(lora=Lora(rank=3, dropout=0.1)), 0)
+        assert not supports(adapted), kind
+    for kind in ("dora", "ia3", "prompt-tuning", "prefix-tuning"):
+        assert not supports(add_adapter(model(2), kind, Training(), 0)), kind
     scaled = model(2)
     scaled.config.rope_parameters = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
     assert not supports(scaled)

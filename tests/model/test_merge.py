@@ -22,11 +22,11 @@ from transformers import (
 )
 
 from metier.errors import ModelError
-from metier.model.adapters import add_lora
+from metier.model.adapters import add_adapter
 from metier.model.load import Base
 from metier.model.merge import digests, merge, unit_roundoff
 from metier.progress import Silent
-from metier.task import Lora
+from metier.task import Lora, Training
 
 IDS = torch.tensor([[1, 403, 407, 261, 378]])
 SIZES: dict[str, Any] = {
@@ -86,7 +86,7 @@ def nearest(value: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
 def test_every_weight_is_the_nearest_to_the_sum(
     family: PreTrainedModel, dtype: torch.dtype
 ) -> None:
-    model = random(add_lora(family.to(dtype), Lora(rank=4, alpha=10), 0))
+    model = random(add_adapter(family.to(dtype), "lora", Training(lora=Lora(rank=4, alpha=10)), 0))
     expected = {}
     for name, layer in model.get_base_model().named_modules():
         if isinstance(layer, lora_layer.LoraLayer):
@@ -111,7 +111,7 @@ def test_every_weight_is_the_nearest_to_the_sum(
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 def test_only_the_adapters_layers_change(family: PreTrainedModel, dtype: torch.dtype) -> None:
     before = digests(family.to(dtype))
-    model = random(add_lora(family, Lora(rank=4), 0))
+    model = random(add_adapter(family, "lora", Training(lora=Lora(rank=4)), 0))
     assert digests(model) == before, "an adapter beside the base leaves it alone"
     kept = copy.deepcopy(model)
     merged = merge(model, Silent())

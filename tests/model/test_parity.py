@@ -11,12 +11,12 @@ import torch
 
 from metier.errors import ModelError
 from metier.model import parity
-from metier.model.adapters import add_lora
+from metier.model.adapters import add_adapter
 from metier.model.load import Base
 from metier.model.merge import merge
 from metier.model.parity import Forced, Reference, logits
 from metier.progress import Silent
-from metier.task import Lora
+from metier.task import Lora, Training
 from tests.test_imports import SOURCE, edges
 
 ROWS = [
@@ -26,7 +26,7 @@ ROWS = [
 
 
 def adapted(base: Base, dtype: torch.dtype) -> Any:
-    model = add_lora(copy.deepcopy(base.model).to(dtype), Lora(rank=4), 0)
+    model = add_adapter(copy.deepcopy(base.model).to(dtype), "lora", Training(lora=Lora(rank=4)), 0)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in sorted(model.named_parameters()):
         if "lora_B" in name:

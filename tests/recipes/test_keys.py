@@ -58,6 +58,9 @@ CHANGES: dict[str, Change] = {
     "epochs": of_training(epochs=3),
     "rank": of_training(lora=Lora(rank=4)),
     "rehearsal": of_training(rehearsal=0.5),
+    "virtual_tokens": of_training(virtual_tokens=5),
+    "layers": of_training(layers=(0, -1)),
+    "added_tokens": of_training(added_tokens=("<gene>",)),
     "remote": of_task(remote=Remote(base_url="http://127.0.0.1:1/v1", model="other")),
     "prices": lambda bench: of_task(
         remote=bench.task.remote.model_copy(
@@ -82,7 +85,9 @@ LENGTH = {"max_new_tokens", "max_length", "labels"}
 ASKED = {"instruction", "good", "bad", "kind", "grader"} | LENGTH
 PROMPT = ROWS | BASE | ASKED | {"what a grader reads"}
 FEW_SHOT = PROMPT | {"shots"}
-LORA = ROWS | BASE | {"epochs", "rank", "rehearsal", "max_length"}
+TUNED = ROWS | BASE | {"epochs", "rehearsal", "max_length"}
+FULL = TUNED | {"layers", "added_tokens"}
+LORA = FULL | {"rank"}
 MAKING = {
     "prompt": PROMPT,
     "prompt/likelihood": PROMPT,
@@ -92,9 +97,13 @@ MAKING = {
     "classical": ROWS,
     "lora": LORA,
     "lora/head": (LORA - {"rehearsal"}) | {"labels"},
-    "full": LORA - {"rank"},
-    "full/head": (LORA - {"rank", "rehearsal"}) | {"labels"},
+    "full": FULL,
+    "full/head": (FULL - {"rehearsal"}) | {"labels"},
     "lora+rag": LORA | LENGTH | {"shots", "documents"},
+    "dora": LORA,
+    "ia3": TUNED | {"layers"},
+    "prompt-tuning": TUNED | {"virtual_tokens"},
+    "prefix-tuning+rag": TUNED | LENGTH | {"virtual_tokens", "shots", "documents"},
 }
 ANSWERED = {"kind"} | LENGTH
 GRADED = {"grader", "validation row", "what a grader reads"}
@@ -150,6 +159,13 @@ def test_what_a_base_knows_depends_on_no_template(bench: Workbench) -> None:
     arm = Arm.of("lora")
     assert changed_by(bench, lambda b: Keys(b).ability(arm, None)) == {"base"}
     assert changed_by(bench, lambda b: Keys(b).ability(arm, Path("arm-lora"))) == set()
+
+
+def test_what_a_base_knows_depends_on_the_room_that_all_arms_have(bench: Workbench) -> None:
+    bench = of_task(arms=("prompt", "lora", "prompt-tuning"))(bench)
+    for directory, more in ((None, {"base"}), (Path("arm-lora"), set())):
+        found = changed_by(bench, lambda b, d=directory: Keys(b).ability(Arm.of("lora"), d))
+        assert found == {"virtual_tokens"} | more
 
 
 def test_what_a_base_writes_depends_on_itself_alone(bench: Workbench) -> None:

@@ -60,7 +60,7 @@ def measured(
     speeds = dict(SPEEDS)
     base = load_base(str(stories260k))
     engine = making.make_engine(bench, base)
-    monkeypatch.setattr(planning, "_measure", lambda *_: (engine, speeds))
+    monkeypatch.setattr(planning, "_measure", lambda *_: (dict.fromkeys(SPEEDS, engine), speeds))
     return speeds
 
 

@@ -14,13 +14,13 @@ import torch
 
 from metier.errors import ExportError
 from metier.model import parity
-from metier.model.adapters import add_lora
+from metier.model.adapters import add_adapter
 from metier.model.generate import Engine
 from metier.model.load import Base, load_base
 from metier.progress import Silent
 from metier.recipes import proving
 from metier.recipes.proving import Answer, Prompt, Trial
-from metier.task import Lora, Task
+from metier.task import Lora, Task, Training
 from metier.text.template import Renderer
 
 TEXTS = ("Tom saw a big dog", "Mia liked the soup", "Ben went to the park")
@@ -35,7 +35,7 @@ def base(stories260k: Path) -> Base:
 
 @pytest.fixture(scope="module")
 def engine(base: Base) -> Engine:
-    model = add_lora(copy.deepcopy(base.model), Lora(rank=4), 0)
+    model = add_adapter(copy.deepcopy(base.model), "lora", Training(lora=Lora(rank=4)), 0)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in sorted(model.named_parameters()):
         if "lora_B" in name:

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, models, pre_tokenizers
 from tokenizers import Tokenizer as Raw
+from transformers import AutoTokenizer
 
-from metier.errors import DataError, ModelError
+from metier.errors import ConfigError, DataError, ModelError
 from metier.text.tokenizer import Tokenizer
 from tests.text.conftest import MakeTokenizer
 
@@ -222,3 +223,58 @@ def test_loading_needs_no_torch(stories260k: Path) -> None:
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+NEW = ("<gene>", "#TAG", "[x")
+SENTENCE = "A <gene>is<gene> near #TAGged [x]."
+
+
+@pytest.mark.parametrize("name", ["small", "gpt_neox_20b"])
+def test_new_tokens_are_found_in_text_and_come_out_of_it(
+    make_tokenizer: MakeTokenizer, name: str
+) -> None:
+    old = make_tokenizer(name)
+    new = old.extended(NEW)
+    assert new.vocab_size == old.vocab_size + len(NEW)
+    ids = new.encode(SENTENCE)
+    learned = [token for token in ids if token >= old.vocab_size]
+    assert learned == [old.vocab_size + place for place in (0, 0, 1, 2)]
+    assert new.decode(ids) == SENTENCE
+    assert new.encode("a\n<gene>", "text")[-1] == new.encode("<gene>", "control")[-1] == learned[0]
+    assert new.stop_ids == old.stop_ids
+    assert new.control_tokens == old.control_tokens, "they are text, which a user may write"
+    plain = "Other text, as before."
+    assert new.encode(plain) == old.encode(plain)
+    assert old.encode("<gene>") == make_tokenizer(name).encode("<gene>"), "the old one is as it was"
+
+
+def test_a_tokenizer_with_new_tokens_comes_back(
+    make_tokenizer: MakeTokenizer, tmp_path: Path
+) -> None:
+    new = make_tokenizer("small").extended(NEW)
+    new.save(tmp_path)
+    stop = new.encode("a")
+    again = Tokenizer.load(tmp_path, stop)
+    assert again.encode(SENTENCE) == new.encode(SENTENCE)
+    assert again.stop_ids == new.stop_ids | set(stop)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.encode(SENTENCE) == new.encode(SENTENCE)
+
+
+@pytest.mark.parametrize("known", ["<|endoftext|>", "the", "!"])
+def test_a_token_that_is_known_already_is_refused(
+    make_tokenizer: MakeTokenizer, known: str
+) -> None:
+    with pytest.raises(ConfigError, match="is a token of"):
+        make_tokenizer("small").extended(["<gene>", known])
+
+
+@pytest.mark.parametrize(
+    ("name", "token", "back"),
+    [("small", "µTAG", "a \ufffdTAGb"), ("stories260k", "<gene>", "a <gene> b")],
+)
+def test_a_token_that_would_change_text_is_refused(
+    make_tokenizer: MakeTokenizer, name: str, token: str, back: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"would read 'a {token}b' as '{back}'"):
+        make_tokenizer(name).extended([token])

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from metier.model.adapters import add_lora
+from metier.model.adapters import add_adapter
 from metier.model.backbone import inner
 from metier.model.world import World, gathered, joined, shard
 from metier.task import Lora, Training
@@ -71,7 +71,7 @@ def model_of(family: str, method: str, dropout: float = 0.0) -> Any:
                 setattr(parent, name, exact.double())
     if method == "full":
         return model
-    adapted = add_lora(model, Lora(rank=3, dropout=dropout), 0).double()
+    adapted = add_adapter(model, "lora", Training(lora=Lora(rank=3, dropout=dropout)), 0).double()
     draw = torch.Generator().manual_seed(1)
     for name, parameter in sorted(adapted.named_parameters()):
         if "lora_B" in name:

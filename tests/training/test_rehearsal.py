@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch.nn import functional as F
 
-from metier.model.adapters import add_lora
+from metier.model.adapters import add_adapter
 from metier.model.load import Base, load_base
 from metier.task import Lora, Training
 from metier.text.template import Renderer
@@ -184,7 +184,7 @@ def test_what_is_rehearsed_is_not_forgotten(
     for weight in (0.0, 1.0):
         fresh = load_base(str(stories260k), dtype=torch.float32, device="cpu")
         train = rows_of(Renderer(fresh.tokenizer, "question-answer"), training)
-        model = add_lora(fresh.model, Lora(rank=4), 0)
+        model = add_adapter(fresh.model, "lora", Training(lora=Lora(rank=4)), 0)
         score = Scorer(model)
         also = rehearsal.loss(score, written, 0, weight)
         state = fit(

@@ -7,11 +7,11 @@ import transformers
 from torch.nn import functional as F
 
 from metier.errors import TrainingError
-from metier.model.adapters import add_lora
+from metier.model.adapters import add_adapter
 from metier.model.head import Classifier, HeadGenerator, load_head, save_head
 from metier.model.load import Base, load_base
 from metier.records import Example
-from metier.task import Lora, Training
+from metier.task import TUNINGS, Lora, Training
 from metier.text.template import Renderer
 from metier.training.batches import Batch, Row, cut
 from metier.training.classify import head_loss, label_rows
@@ -51,7 +51,11 @@ def test_training_learns_the_answers(stories260k: Path, method: str) -> None:
     base, renderer = load(stories260k)
     training = Training(epochs=12, batch_size=8, patience=0)
     rows = rows_of(renderer, training)
-    model = add_lora(base.model, Lora(rank=4), 0) if method == "lora" else base.model
+    model = (
+        add_adapter(base.model, "lora", Training(lora=Lora(rank=4)), 0)
+        if method == "lora"
+        else base.model
+    )
     state = fit(model, answer_loss(Scorer(model)), rows, rows, training, learning_rate=5e-3, seed=0)
     losses = [point["validation_loss"] for point in state.curve]
     assert losses[-1] < losses[0] / 2
@@ -249,9 +253,9 @@ def test_preflight_refuses_what_would_fail_in_silence(stories260k: Path) -> None
 
 def test_narrow_bases_learn_at_higher_rates_and_whole_ones_at_lower(stories260k: Path) -> None:
     base, _ = load(stories260k)
-    narrow = default_learning_rate(base.model, full=False)
+    narrow = default_learning_rate(base.model, TUNINGS["lora"])
     base.model.config.hidden_size = 4096
-    wide = default_learning_rate(base.model, full=False)
+    wide = default_learning_rate(base.model, TUNINGS["lora"])
     assert narrow == pytest.approx(7.32e-3, rel=0.01)  # worked out by hand
     assert wide == pytest.approx(2.86e-4, rel=0.01)
-    assert default_learning_rate(base.model, full=True) < wide
+    assert default_learning_rate(base.model, TUNINGS["full"]) < wide

@@ -1,7 +1,7 @@
 """The arms that ask a language model, made by composition.
 
 An arm is a composer (how the request is worded, what is looked up for it) over any Generator:
-the local engine or a remote endpoint. So prompt, few-shot, rag, lora+rag and remote share one
+the local engine or a remote endpoint. So prompt, few-shot, rag, tuned+rag and remote share one
 class, and every arm is given the same chats.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import numpy as np
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from metier.model.generate import Engine
+    from metier.text.template import Renderer
 
 Fits = Callable[[Chat], bool]
 """Whether a composed chat and its answer fit the model's context."""
@@ -206,7 +207,26 @@ def _as_context(chat: Chat, texts: Sequence[str]) -> Chat:
     return [*chat[:last], with_content(chat[last], content), *chat[last + 1 :]]
 
 
-def room_in(engine: Engine) -> Fits:
+class Reader(Protocol):
+    """What of an engine decides how chats become ids and which fit."""
+
+    @property
+    def renderer(self) -> Renderer:
+        """Chat to ids."""
+        ...
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Longest answer in tokens."""
+        ...
+
+    @property
+    def context(self) -> int | None:
+        """Longest sequence in tokens, if there is a limit."""
+        ...
+
+
+def room_in(engine: Reader) -> Fits:
     """Whether a chat leaves room for an answer in an engine's context."""
 
     def fits(chat: Chat) -> bool:

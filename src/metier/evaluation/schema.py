@@ -63,7 +63,7 @@ class ArmResult(Config):
     arm: str
     """Its name: method, mode and base."""
     method: str
-    """prompt, few-shot, rag, classical, lora, full, lora+rag or remote."""
+    """prompt, few-shot, rag, classical, remote, or a way of tuning such as lora or lora+rag."""
     mode: str
     """How it answers: text, likelihood (labels scored) or head (classification head)."""
     base: str

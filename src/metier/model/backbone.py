@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from metier.errors import ModelError
+from metier.model.prelude import behind, prelude, virtual_tokens
 from metier.model.rows import side_by_side
 from metier.model.world import is_in_parts
 
@@ -23,14 +25,34 @@ def inner(model: PreTrainedModel | PeftModel) -> Any:
 
 
 def context_of(model: Any) -> int | None:
-    """Longest sequence a model can read, or None where it names no limit."""
-    return context_in(model.config)
+    """Longest sequence a model can read, or None where it names no limit.
+
+    Virtual tokens take their places first.
+    """
+    limit = context_in(model.config)
+    return limit if limit is None else limit - virtual_tokens(model)
 
 
 def context_in(config: PretrainedConfig) -> int | None:
-    """The same from a model's config."""
+    """The same from the config of a base."""
     limit: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
     return limit
+
+
+def decoder_layers(model: PreTrainedModel | PeftModel) -> tuple[str, torch.nn.ModuleList]:
+    """The layers of a language model in their order, and the name of their list.
+
+    Raises:
+        ModelError: the model has no list of as many layers as its config names.
+
+    """
+    count = model.config.get_text_config().num_hidden_layers
+    for name, module in inner(model).named_modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
+            return name, module
+    raise ModelError(
+        type(inner(model)).__name__, f"has no list of {count} layers", "choose another base"
+    )
 
 
 def hidden_states(
@@ -46,29 +68,33 @@ def hidden_states(
     """
     language_model = inner(model)
     backbone: Any = getattr(language_model, language_model.base_model_prefix)
+    before = prelude(model)
 
     def read(padded: Tensor) -> Tensor:
-        found: Tensor = backbone(input_ids=padded, use_cache=False).last_hidden_state
+        past = behind(before, len(padded))
+        found: Tensor = backbone(input_ids=padded, **past).last_hidden_state
         return found
 
     return side_by_side(read, ids, lengths, context_of(model), at_once=is_in_parts(language_model))
 
 
-def output_weight(model: PreTrainedModel | PeftModel) -> Tensor | None:
-    """Weight of the output head, shape (vocabulary, hidden), when logits are just its product.
+def output_weight(model: PreTrainedModel | PeftModel) -> Callable[[], Tensor] | None:
+    """The weight of the output head, when logits are just its product.
 
-    Some families scale or cap their logits; for them the answer is None.
+    Returns:
+        a function that gives it as it is now, shape (vocabulary, hidden): rows of new tokens are
+        put into it anew each time. None for families that scale or cap their logits.
+
     """
     head = inner(model).get_output_embeddings()
-    if not isinstance(head, torch.nn.Linear) or head.bias is not None:
+    bare = getattr(head, "original_module", head)  # beneath rows of new tokens
+    if not isinstance(bare, torch.nn.Linear) or bare.bias is not None:
         return None
     # Several tokens: that of padding may be nothing, which no scale changes.
-    probe = torch.arange(min(8, len(head.weight)), device=head.weight.device)
+    probe = torch.arange(min(8, len(bare.weight)), device=bare.weight.device)
     with torch.no_grad():
-        expected = inner(model)(input_ids=probe[None], use_cache=False).logits[0]
+        expected = inner(model)(input_ids=probe[None], **behind(prelude(model), 1)).logits[0]
         found = head(hidden_states(model, probe, [len(probe)]))
-    return (
-        head.weight
-        if torch.allclose(expected.float(), found.float(), rtol=1e-3, atol=1e-3)
-        else None
-    )
+    if not torch.allclose(expected.float(), found.float(), rtol=1e-3, atol=1e-3):
+        return None
+    return lambda: head.weight

@@ -12,7 +12,6 @@ buffers with free slots, so that all rows write their next token at the same pla
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -24,6 +23,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from metier.errors import ModelError
 from metier.model.attention import BY_PRODUCTS
+from metier.model.backbone import inner
+from metier.model.prelude import prelude, repeated, virtual_tokens
 
 Ids = Sequence[int]
 
@@ -47,7 +48,7 @@ class Decoder:
     """
 
     def __init__(self, model: Any, prompts: Sequence[Ids], pad_id: int) -> None:
-        self._model = model
+        self._model = inner(model)
         self._device = model.device
         self._cache: Any = None
         self._mask: torch.Tensor | None = None
@@ -58,7 +59,8 @@ class Decoder:
             return
         with evaluating(model):
             self._cache = _read(model, [prompt[:-1] for prompt in prompts], pad_id)
-        counts = torch.tensor([[len(prompt)] for prompt in prompts], device=self._device)
+        before = virtual_tokens(model)
+        counts = torch.tensor([[before + len(prompt)] for prompt in prompts], device=self._device)
         # Slot 0 is blank in every row: with nothing masked at all, PyTorch's attention takes a
         # path that is several times slower for grouped heads in bfloat16.
         self._used = int(counts.max())
@@ -188,22 +190,9 @@ def has_plain_cache(model: Any) -> bool:
 
 
 def read_prefix(model: Any, prefix: Ids) -> Any:
-    """Cache of one prefix, for `repeated`; None for an empty one."""
-    if not prefix:
-        return None
-    ids = torch.tensor([list(prefix)], device=model.device)
-    output = model(input_ids=ids, past_key_values=DynamicCache(), use_cache=True, logits_to_keep=1)
-    return output.past_key_values
-
-
-def repeated(cache: Any, rows: int) -> Any:
-    """A prefix's cache seen by several rows; reading on copies it, so it can be used again."""
-    seen = copy.copy(cache)
-    seen.layers = [copy.copy(layer) for layer in cache.layers]
-    for layer in seen.layers:
-        layer.keys = layer.keys.expand(rows, -1, -1, -1)
-        layer.values = layer.values.expand(rows, -1, -1, -1)
-    return seen
+    """Cache of one prefix behind the model's virtual tokens, for `repeated`; None for nothing."""
+    before = prelude(model)
+    return _read_chunk(model, before, [prefix], 0) if prefix else before
 
 
 def batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
@@ -234,7 +223,8 @@ def evaluating(model: Any) -> Iterator[None]:
 
 def _read(model: Any, bodies: Sequence[Ids], pad_id: int) -> Cache:
     """Read prompts into buffers."""
-    used = 1 + max(len(body) for body in bodies)
+    before = virtual_tokens(model)
+    used = 1 + before + max(len(body) for body in bodies)
     make = partial(_Buffers, len(bodies), used)
     start = _common_start(bodies)
     prefix = read_prefix(model, bodies[0][:start])
@@ -245,7 +235,7 @@ def _read(model: Any, bodies: Sequence[Ids], pad_id: int) -> Cache:
         layers = layers or [make() for _ in found.layers]
         for layer, read in zip(layers, found.layers, strict=True):
             for place, row in enumerate(chunk):
-                layer.place(row, len(bodies[row]), read.keys[place], read.values[place])
+                layer.place(row, before + len(bodies[row]), read.keys[place], read.values[place])
     if not layers:  # prompts of one token: nothing was read yet
         layers = [make() for _ in range(model.config.get_text_config().num_hidden_layers)]
     return Cache(layers=list(layers))
@@ -259,7 +249,7 @@ def _read_chunk(model: Any, prefix: Any, suffixes: list[Ids], pad_id: int) -> An
         return cache
     padded = [[*suffix, *[pad_id] * (length - len(suffix))] for suffix in suffixes]
     ids = torch.tensor(padded, device=model.device)
-    return model(
+    return inner(model)(
         input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1
     ).past_key_values
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from metier.errors import ModelError
-from metier.model.backbone import context_of
+from metier.model.backbone import context_of, inner
 from metier.model.decoder import (
     Decoder,
     Ids,
@@ -20,8 +20,8 @@ from metier.model.decoder import (
     evaluating,
     has_plain_cache,
     read_prefix,
-    repeated,
 )
+from metier.model.prelude import behind
 from metier.records import Chat, Completion
 from metier.text.pieces import Pieces, before
 from metier.text.template import Renderer
@@ -48,7 +48,8 @@ class Engine:
         max_new_tokens: longest answer in tokens, its stop token included.
         stop: strings that end every answer and are not part of it.
         batch_tokens: tokens (prompts, padding and answers) that one batch may hold.
-        context: longest sequence the model can read, or None where it names no limit.
+        context: longest sequence the model can read, virtual tokens not counted; None where it
+            names no limit.
 
     """
 
@@ -264,11 +265,10 @@ class Engine:
             ids[i, : len(row.ids)] = torch.tensor(row.ids)
             following[i, row.start - 1 : len(row.ids) - 1] = ids[i, row.start : len(row.ids)]
         first = min(row.start for row in rows) - 1
-        output: Any = self.model(
+        output: Any = inner(self.model)(
             input_ids=ids.to(self.model.device),
-            past_key_values=repeated(cache, len(rows)) if cache else None,
-            use_cache=cache is not None,
             logits_to_keep=length - first,
+            **behind(cache, len(rows)),
         )
         losses = torch.nn.functional.cross_entropy(
             output.logits.flatten(0, 1).float(),

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from metier.model.backbone import inner
 from metier.model.causal import causal_attention
 from metier.model.linear import Joined, Weights, project
+from metier.model.prelude import virtual_tokens
 from metier.model.rows import Group, groups, padded
 
 if TYPE_CHECKING:
@@ -109,6 +110,8 @@ class LlamaForward:
 
 def supports(model: PreTrainedModel | PeftModel) -> bool:
     """Whether `LlamaForward` computes exactly what this model computes."""
+    if virtual_tokens(model):
+        return False
     config = inner(model).config
     rope = getattr(config, "rope_parameters", None) or {}
     plain = (
@@ -121,9 +124,12 @@ def supports(model: PreTrainedModel | PeftModel) -> bool:
 
 
 def _is_plain_lora(module: Any) -> bool:
-    """Whether a module is no adapter layer, or one with a single LoRA without extras."""
+    """Whether a module is no adapter layer, or one with a single LoRA without extras.
+
+    New tokens are rows of the weight that the embeddings show, so they need nothing here.
+    """
     if not hasattr(module, "lora_A"):
-        return True
+        return not hasattr(module, "ia3_l") and not _is_packed(module)
     return (
         list(module.lora_A) == ["default"]
         and not module.merged
@@ -132,6 +138,12 @@ def _is_plain_lora(module: Any) -> bool:
         and isinstance(module.lora_dropout["default"], torch.nn.Identity)
         and module.lora_B["default"].bias is None
     )
+
+
+def _is_packed(module: Any) -> bool:
+    """Whether a weight is not stored as numbers: that of a base in four bits."""
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and not weight.is_floating_point()
 
 
 def has_compiler() -> bool:

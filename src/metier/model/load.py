@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from metier.errors import ModelError
+from metier.model import quantised
 from metier.model.device import choose_device, compute_dtype
 from metier.progress import no_weight_bar
 from metier.runs import file_hash, fingerprint
@@ -70,24 +71,31 @@ def starter_path() -> Path:
     return path
 
 
-def load_base(name: str, dtype: torch.dtype | None = None, device: str = "auto") -> Base:
+def load_base(
+    name: str, dtype: torch.dtype | None = None, device: str = "auto", *, four_bit: bool = False
+) -> Base:
     """Load a base by name.
 
     Args:
         name: ``starter``, a directory, or a Hub name such as ``org/model``.
         dtype: number format of the weights; by default what the device computes in.
         device: where to put it: auto, cuda, mps or cpu.
+        four_bit: hold the linear layers in four bits (see `quantised`).
 
     Raises:
         ModelError: it is missing, damaged, unsafe or of an unknown kind.
+        ConfigError: it cannot be held in four bits here.
 
     """
+    if four_bit:
+        quantised.check_four_bit()
     path = locate(name)
     files = _weight_files(path)
     config = _config(path)
     tokenizer = Tokenizer.load(path)
     target = choose_device(device)
-    model = _model(path, config, dtype or compute_dtype(target))
+    dtype = dtype or compute_dtype(target)
+    model = _model(path, config, dtype, quantised.arguments(dtype, target) if four_bit else {})
     _check_vocabulary(model, tokenizer, path)
     return Base(
         model=model.to(target).eval(),  # type: ignore[arg-type]
@@ -95,7 +103,7 @@ def load_base(name: str, dtype: torch.dtype | None = None, device: str = "auto")
         name=name,
         path=path,
         hash=_hash([path / "config.json", *files]),
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=model.num_parameters(),
     )
 
 
@@ -231,7 +239,9 @@ def _model_class(path: Path, config: PretrainedConfig) -> Any:
     return known[type(config)]
 
 
-def _model(path: Path, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def _model(
+    path: Path, config: PretrainedConfig, dtype: torch.dtype, quantisation: dict[str, Any]
+) -> PreTrainedModel:
     kind = _model_class(path, config)
     try:
         with no_weight_bar():
@@ -243,6 +253,7 @@ def _model(path: Path, config: PretrainedConfig, dtype: torch.dtype) -> PreTrain
                 # Named here, because a config may name attention code to be fetched from the Hub.
                 attn_implementation="sdpa" if kind._supports_sdpa else "eager",
                 output_loading_info=True,
+                **quantisation,
             )
     except Exception as error:  # transformers raises many unrelated kinds
         raise ModelError(

@@ -128,6 +128,7 @@ def plan(task_file: Path, overrides: Sequence[str] = (), progress: Progress | No
 
     set_up_processor(progress)
     task = read_task(task_file, overrides)
+    planning.check_machine(task)
     return planning.plan(open_workbench(task, task_file.parent), progress or Silent())
 
 

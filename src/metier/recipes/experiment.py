@@ -38,7 +38,7 @@ from metier.recipes.finished import read_verdict
 from metier.recipes.stages import Stages, all_arms, to_json
 from metier.recipes.workbench import Workbench, open_workbench, read_task
 from metier.runs import Run
-from metier.task import SIMPLER_METHODS, TUNED_METHODS, Arm, Task
+from metier.task import SIMPLER_METHODS, TUNINGS, Arm, Task
 
 
 @dataclass
@@ -77,6 +77,7 @@ def run(
     """Compare the arms of a task and decide. The arguments are those of `recipes.run`."""
     task = read_task(task_file, overrides)
     _check_reference(task)
+    planning.check_machine(task)
     progress.stage("read and split the data")
     bench = open_workbench(task, task_file.parent)
     directory = Run(out)
@@ -117,7 +118,8 @@ def train_one(
             f"choose one of {', '.join(bases)}, e.g. --set base={bases[0]}",
         )
     if not arm.tuned:
-        raise ConfigError(f"arm '{arm.name}'", "is not trained", f"use {', '.join(TUNED_METHODS)}")
+        raise ConfigError(f"arm '{arm.name}'", "is not trained", f"use {', '.join(TUNINGS)}")
+    planning.check_machine(task)
     bench = open_workbench(task, task_file.parent)
     minutes, seed = task.budget if budget is None else budget, task.training.seeds[0]
     directory = Run(out)

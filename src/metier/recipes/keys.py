@@ -15,7 +15,7 @@ from metier.model.load import base_hash, locate
 from metier.recipes.workbench import Workbench
 from metier.records import Example
 from metier.runs import fingerprint
-from metier.task import Arm
+from metier.task import TUNINGS, Arm
 from metier.text.template import Renderer
 from metier.text.tokenizer import Tokenizer
 
@@ -83,11 +83,13 @@ class Keys:
         """Of what a tuned arm knows, or its base, which is measured without a template."""
         material = self._bench.material
         hashes = self._base(arm)
-        return {
+        found: Inputs = {
             "edition": _EDITION,
             "model": directory.name if directory else [hashes["weights"], hashes["tokenizer"]],
             "material": fingerprint([dataclasses.asdict(material)]),
         }
+        reserved = self._bench.task.reserved_tokens()
+        return found | {"reserved": reserved} if reserved else found
 
     def rehearsal(self, arm: Arm) -> Inputs:
         """Of what a base writes of its own, without a template."""
@@ -103,12 +105,14 @@ class Keys:
 
         Who computes a training does not change it.
         """
-        unread = {"seeds", "shard"}
-        if arm.method == "full":
-            unread.add("lora")
+        unread = {"seeds", "shard"} | {field for one in TUNINGS.values() for field in one.reads}
+        unread -= arm.tuning.reads if arm.tuning else frozenset()
         if arm.mode == "head":
             unread.add("rehearsal")
         training = self._bench.task.training.model_dump(mode="json", exclude=unread)
+        for field in ("layers", "added_tokens"):
+            if not training.get(field):  # as if the field had never been there
+                training.pop(field, None)
         found: Inputs = {"training": training, "seed": seed}
         return found | {"labels": self._bench.labels} if arm.mode == "head" else found
 
@@ -129,7 +133,7 @@ class Keys:
 
     def _looking_up(self, arm: Arm) -> Inputs:
         """How much that was looked up is shown depends on the room that an answer needs."""
-        if arm.method not in ("few-shot", "rag", "lora+rag"):
+        if arm.method != "few-shot" and not arm.retrieves:
             return {}
         found: Inputs = {"retrieval": self._bench.task.retrieval.model_dump(mode="json")}
         if arm.method != "few-shot":

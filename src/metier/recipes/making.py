@@ -19,11 +19,14 @@ from metier.errors import ConfigError, ModelError, TrainingError
 from metier.evaluation import arms, wording
 from metier.evaluation.classical import Classical
 from metier.evaluation.remote import RemoteGenerator
-from metier.model.adapters import load_adapter
+from metier.model.adapters import add_adapter, load_adapter, unfreeze
 from metier.model.backbone import context_of
+from metier.model.device import choose_device, compute_dtype
 from metier.model.generate import Engine
 from metier.model.head import HeadGenerator, load_head
 from metier.model.load import Base, base_hash, load_base
+from metier.model.prelude import virtual_tokens
+from metier.model.vocabulary import add_tokens, with_tokens_of
 from metier.progress import Progress
 from metier.recipes.workbench import Workbench
 from metier.records import Chat, Completion, Example, Generator
@@ -109,7 +112,7 @@ def build(bench: Workbench, arm: Arm, directory: Path) -> Built:
         return dataclasses.replace(
             _fitted(HeadGenerator(classifier, engine.renderer), engine), engine=None
         )
-    if arm.method in ("lora", "full"):
+    if arm.tuned and not arm.retrieves:
         return _fitted(engine, engine)
     return _composed(bench, arm, engine, about["phrasing"])
 
@@ -132,11 +135,36 @@ def base_name(bench: Workbench, arm: Arm) -> str:
 
 def load_engine(bench: Workbench, arm: Arm, tuned: Path | None) -> Engine:
     """The generation engine of an arm: its base, tuned from a directory or as it is."""
-    if tuned and arm.method == "full":
+    if not (tuned and arm.tuning):
+        return make_engine(bench, load_base(base_name(bench, arm)))
+    if not arm.tuning.adapter:
         base = load_base(str(tuned))
         return make_engine(bench, base, base.model)
-    base = load_base(base_name(bench, arm))
-    return make_engine(bench, base, load_adapter(base, tuned) if tuned else None)
+    base = load_base(base_name(bench, arm), four_bit=arm.tuning.four_bit)
+    base = with_tokens_of(base, tuned)
+    return make_engine(bench, base, load_adapter(base, tuned))
+
+
+def load_trainable(bench: Workbench, arm: Arm, seed: int, device: str = "auto") -> tuple[Base, Any]:
+    """The base of a tuned arm with the tokens that it learns, and the model to be trained.
+
+    Trained weights are kept in float32; a frozen base in what the fastest device computes in,
+    also where it is to lie on another at first.
+    """
+    import torch
+
+    tuning, training = arm.tuning, bench.task.training
+    assert tuning is not None  # noqa: S101  the arm is a tuned one
+    dtype = compute_dtype(choose_device()) if tuning.adapter else torch.float32
+    base = load_base(base_name(bench, arm), dtype, device, four_bit=tuning.four_bit)
+    known = base.tokenizer.vocab_size
+    if training.added_tokens:
+        base = add_tokens(base, training.added_tokens)
+    if not tuning.adapter:
+        unfreeze(base.model, training.layers)
+        return base, base.model
+    new_ids = range(known, base.tokenizer.vocab_size)
+    return base, add_adapter(base.model, tuning.name, training, seed, new_ids)
 
 
 def make_engine(bench: Workbench, base: Base, tuned: Any = None) -> Engine:
@@ -150,7 +178,8 @@ def make_engine(bench: Workbench, base: Base, tuned: Any = None) -> Engine:
 
     """
     renderer = Renderer(base.tokenizer, bench.task.template)
-    limit = preflight.longest(bench.task.training, context_of(base.model))
+    model = base.model if tuned is None else tuned
+    limit = preflight.longest(bench.task.training, context_of(model))
     length = bench.task.max_new_tokens or _answer_length(bench, renderer, limit)
     if tuned is not None:
         return Engine(tuned, renderer, length)
@@ -171,16 +200,23 @@ def _answer_length(bench: Workbench, renderer: Renderer, limit: int) -> int:
     return math.ceil(max(lengths, default=1) * 1.25) + 1
 
 
-def longest_row(bench: Workbench, engine: Engine) -> int:
+def common_context(bench: Workbench, engine: Engine) -> int | None:
+    """What the models of all arms over one base can read, so that all read the same text."""
+    if engine.context is None:
+        return None
+    return engine.context + virtual_tokens(engine.model) - bench.task.reserved_tokens()
+
+
+def longest_row(bench: Workbench, engine: arms.Reader) -> int:
     """Tokens of the longest row that a tuned arm is trained on."""
     limit = preflight.longest(bench.task.training, engine.context)
-    if any(arm.method == "lora+rag" for arm in bench.task.chosen_arms()):
+    if any(arm.tuned and arm.retrieves for arm in bench.task.chosen_arms()):
         return limit  # it is filled with what is looked up
     rows = (engine.renderer.example(row.messages).ids for row in bench.parts.train)
     return max((len(ids) for ids in rows if len(ids) <= limit), default=limit)
 
 
-def check_room(bench: Workbench, engine: Engine) -> None:
+def check_room(bench: Workbench, engine: arms.Reader) -> None:
     """Refuse an answer length that leaves no room for what is asked.
 
     Raises:
@@ -253,12 +289,12 @@ def composer(bench: Workbench, arm: Arm, fits: arms.Fits, phrasing: str) -> Any:
         worded = wording.Wording(known[phrasing], instruction, bench.labels)
     if arm.method == "few-shot":
         return arms.few_shot(worded, fits, bench.shots)
-    if arm.method in ("rag", "lora+rag"):
+    if arm.retrieves:
         return arms.rag(worded, fits, bench.snippets)
     return arms.prompt(worded, fits)
 
 
-def prepare(bench: Workbench, arm: Arm, engine: Engine) -> tuple[Prepared, Prepared]:
+def prepare(bench: Workbench, arm: Arm, engine: arms.Reader) -> tuple[Prepared, Prepared]:
     """Training and validation rows of a tuned arm.
 
     Raises:
@@ -284,7 +320,7 @@ def prepare(bench: Workbench, arm: Arm, engine: Engine) -> tuple[Prepared, Prepa
     return rows
 
 
-def check_answers(bench: Workbench, engine: Engine) -> None:
+def check_answers(bench: Workbench, engine: arms.Reader) -> None:
     """Refuse a limit under which a tuned arm could not write what it was taught.
 
     Raises:
@@ -304,14 +340,14 @@ def check_answers(bench: Workbench, engine: Engine) -> None:
         )
 
 
-def room(bench: Workbench, arm: Arm, engine: Engine) -> arms.Fits:
+def room(bench: Workbench, arm: Arm, engine: arms.Reader) -> arms.Fits:
     """What a composed chat must fit into: the context, and where it is trained, `max_length`.
 
     Room is kept for the longest known answer, not for the answer of the row at hand: so an
     example is composed in training as its input is when it is asked.
     """
     fits = arms.room_in(engine)
-    if arm.method != "lora+rag":
+    if not (arm.tuned and arm.retrieves):
         return fits
     limit = preflight.longest(bench.task.training, engine.context)
     held_out = [r for e in bench.parts.validation for r in preflight.render(e, engine.renderer)]

@@ -21,15 +21,17 @@ from metier.data.split import PARTS
 from metier.errors import BudgetError
 from metier.evaluation import forgetting, runner, units
 from metier.evaluation.wording import phrasings
-from metier.model.adapters import add_lora
 from metier.model.decoder import evaluating, has_plain_cache, read_prefix
 from metier.model.generate import Engine
 from metier.model.load import load_base
 from metier.model.memory import SLACK, PeakMemory, give_back, resident
+from metier.model.prelude import virtual_tokens
+from metier.model.quantised import check_four_bit
 from metier.progress import Progress
 from metier.recipes import making
 from metier.recipes.workbench import Workbench
-from metier.task import Arm
+from metier.task import Arm, Task
+from metier.text.template import Renderer
 from metier.training import classify, rehearsal, sft
 from metier.training.batches import Batch, Row
 from metier.training.scoring import Scorer
@@ -42,8 +44,8 @@ _PROBED = 8
 _MOST_SECONDS = 10.0
 _CLASSICAL_PER_SECOND = 20_000
 _REMOTE_SECONDS = 0.5
-# Weight, gradient and the two moments of AdamW, in float32.
-_FULL_BYTES = 16
+# Of every trained weight: its gradient and the two moments of AdamW, in float32.
+_STATE_BYTES = 12
 
 
 class ArmPlan(Config):
@@ -87,6 +89,15 @@ class Speed:
     train: float = math.nan
     rehearse: float = math.nan
     training: int = 0
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is kept of an engine when its model is given back; an `arms.Reader`."""
+
+    renderer: Renderer
+    max_new_tokens: int
+    context: int | None
 
 
 @dataclass(frozen=True)
@@ -136,6 +147,18 @@ def plan_training(bench: Workbench, progress: Progress) -> Plan:
     memory = base.memory(arm, made=False)
     found = ArmPlan(arm=arm.name, minutes=seconds / 60, memory=memory)
     return Plan(arms=(found,), minutes=found.minutes, memory=memory)
+
+
+def check_machine(task: Task) -> None:
+    """Refuse arms that this machine cannot make, before any work.
+
+    Raises:
+        ConfigError: one holds its base in four bits, and there is no accelerator for that.
+        MissingExtraError: the package for that is not installed.
+
+    """
+    if any(arm.tuning and arm.tuning.four_bit for arm in task.chosen_arms()):
+        check_four_bit()
 
 
 def hold(estimate: Plan, budget: float) -> None:
@@ -208,7 +231,7 @@ class _Base:
     def __init__(self, bench: Workbench, name: str, arms: Sequence[Arm]) -> None:
         self._bench, self._name = bench, name
         self.seeds = len(bench.task.training.seeds)
-        self._engine, self._speeds = _measure(bench, name, {_model_of(arm) for arm in arms})
+        self._kept, self._speeds = _measure(bench, name, arms)
         # The base is measured once, for all arms that may forget.
         self._first = next((arm for arm in arms if arm.may_forget), None)
 
@@ -226,7 +249,7 @@ class _Base:
             return phrased * tried * self._batched(arm, request)
         train, held = (
             sum(_trained_on(row, arm) for row in prepared.rows)
-            for prepared in making.prepare(self._bench, arm, self._engine)
+            for prepared in making.prepare(self._bench, arm, self._kept[_model_of(arm)])
         )
         training = self._bench.task.training
         passes = training.epochs + (classify.READING_PASSES if arm.mode == "head" else 0)
@@ -261,7 +284,7 @@ class _Base:
         """General text and minimal pairs, read by the base once and by every tuned model."""
         if not arm.may_forget:
             return 0.0
-        tokens = _general_tokens(self._bench, self._engine)
+        tokens = _general_tokens(self._bench, self._kept[_model_of(arm)])
         after = len(self._bench.task.training.seeds) / self._speeds[_model_of(arm)].score
         before = 1 / self._speeds["base"].score if arm == self._first else 0.0
         return tokens * (before + after)
@@ -280,7 +303,7 @@ class _Base:
 
     def request(self, arm: Arm) -> Request:
         """Mean of a sample of validation rows."""
-        bench, engine = self._bench, self._engine
+        bench, engine = self._bench, self._kept[_model_of(arm)]
         names = [phrasing.name for phrasing in phrasings(bench.task.kind)]
         compose = making.composer(bench, arm, making.room(bench, arm, engine), names[0])
         rows = bench.parts.validation[:_SAMPLED]
@@ -304,12 +327,10 @@ def _trained_on(row: Row, arm: Arm) -> int:
 
 def _model_of(arm: Arm) -> str:
     """Which of the models that `_measure` looks at answers."""
-    if not arm.tuned:
-        return "base"
-    return "full" if arm.method == "full" else "lora"
+    return arm.tuning.name if arm.tuning else "base"
 
 
-def _general_tokens(bench: Workbench, engine: Engine) -> int:
+def _general_tokens(bench: Workbench, engine: Kept) -> int:
     """Tokens of general text and minimal pairs."""
     encode = engine.renderer.tokenizer.encode
     sentences = [sentence for pair in bench.material.pairs for sentence in (pair.good, pair.bad)]
@@ -318,23 +339,35 @@ def _general_tokens(bench: Workbench, engine: Engine) -> int:
 
 
 def _measure(
-    bench: Workbench, name: str, models: Collection[str]
-) -> tuple[Engine, dict[str, Speed]]:
-    """Speeds of the base as it is, and of those it is tuned to, by name."""
-    base = load_base(name)
-    engine = making.make_engine(bench, base)
+    bench: Workbench, name: str, arms: Sequence[Arm]
+) -> tuple[dict[str, Kept], dict[str, Speed]]:
+    """What the base as it is and those it is tuned to read, and their speeds, by name.
+
+    They are loaded one after the other: there may be no room for two.
+    """
+    found = {"base": _measured(bench, making.make_engine(bench, load_base(name)))}
+    for arm in arms:
+        if arm.tuning and arm.tuning.name not in found:
+            give_back()
+            base, model = making.load_trainable(bench, arm.model_copy(update={"base": name}), 0)
+            engine = making.make_engine(bench, base, model)
+            # A base whose own weights are tuned answers as it did.
+            answering = None if arm.tuning.adapter else found["base"][1]
+            found[arm.tuning.name] = _measured(bench, engine, answering, tuned=True)
+            del base, model, engine
+    kept = {model: one for model, (one, _) in found.items()}
+    return kept, {model: speed for model, (_, speed) in found.items()}
+
+
+def _measured(
+    bench: Workbench, engine: Engine, answering: Speed | None = None, *, tuned: bool = False
+) -> tuple[Kept, Speed]:
+    """What an engine reads, without its model, and its speed."""
     making.check_room(bench, engine)
-    speeds = {"base": _speed(engine)}
-    if "full" in models:
-        base.model.requires_grad_(requires_grad=True)
-        longest = making.longest_row(bench, engine)
-        speeds["full"] = _trained(speeds["base"], engine, longest, _FULL_BYTES * base.parameters)
-        base.model.zero_grad(set_to_none=True)
-    if "lora" in models:
-        adapted = add_lora(base.model, bench.task.training.lora, 0)
-        tuned = Engine(adapted, engine.renderer, engine.max_new_tokens)
-        speeds["lora"] = _trained(_speed(tuned), tuned, making.longest_row(bench, engine), 0)
-    return engine, speeds
+    speed = answering or _speed(engine)
+    if tuned:
+        speed = _trained(speed, engine, making.longest_row(bench, engine))
+    return Kept(engine.renderer, engine.max_new_tokens, engine.context), speed
 
 
 def _speed(engine: Engine) -> Speed:
@@ -362,20 +395,20 @@ def _cache_bytes(engine: Engine) -> int:
     with evaluating(engine.model):
         layers = read_prefix(engine.model, [1] * _PROBED).layers
     size = sum(part.nbytes for layer in layers for part in (layer.keys, layer.values))
-    return int(size * engine.batch_tokens // _PROBED)
+    return int(size * engine.batch_tokens // (virtual_tokens(engine.model) + _PROBED))
 
 
-def _trained(speed: Speed, engine: Engine, longest: int, state: int) -> Speed:
+def _trained(speed: Speed, engine: Engine, longest: int) -> Speed:
     """The speed with that of training the parameters that want gradients.
 
     Args:
         speed: of answering.
         engine: holds the model.
         longest: tokens of the longest row.
-        state: bytes of what training keeps besides what is measured here.
 
     """
     loss, length = sft.answer_loss(Scorer(engine.model)), _length(engine)
+    state = _STATE_BYTES * sum(p.numel() for p in engine.model.parameters() if p.requires_grad)
     rate = _rate(lambda rows: _train(loss, rows, length), length)
     return replace(
         speed,

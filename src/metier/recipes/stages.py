@@ -184,7 +184,10 @@ class Stages:
             self._progress.stage(f"what {arm.name if directory else 'the base'} knows")
             engine = making.load_engine(self._bench, arm, directory)
             found = forgetting.measure(
-                engine.logprobs, engine.renderer.tokenizer, engine.context, material
+                engine.logprobs,
+                engine.renderer.tokenizer,
+                making.common_context(self._bench, engine),
+                material,
             )
             (path / "ability.json").write_text(to_json([a.model_dump(mode="json") for a in found]))
 

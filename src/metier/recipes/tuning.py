@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from metier.evaluation.schema import CurvePoint
-from metier.model.adapters import add_lora, save_adapter
-from metier.model.device import choose_device, compute_dtype
+from metier.model.adapters import save_adapter
+from metier.model.device import compute_dtype
 from metier.model.head import Classifier, save_head
-from metier.model.load import Base, load_base
+from metier.model.load import Base
 from metier.model.memory import PeakMemory
 from metier.model.world import World, gathered, shard
 from metier.progress import Progress
 from metier.recipes import making
 from metier.recipes.workbench import Workbench
-from metier.task import Arm
+from metier.task import Arm, Training
 from metier.training import classify, preflight, rehearsal, sft
 from metier.training.loop import State
 from metier.training.scoring import Scorer
@@ -86,24 +86,24 @@ def tune(
     world = world or World()
     in_parts = bench.task.training.shard and world.size > 1
     with PeakMemory() as memory:
-        base = _load(bench, arm, "cpu" if in_parts else "auto")
-        rows = making.prepare(bench, arm, making.make_engine(bench, base))
+        base, tuned = making.load_trainable(bench, arm, seed, "cpu" if in_parts else "auto")
+        rows = making.prepare(bench, arm, making.make_engine(bench, base, tuned))
         progress.say(f"{arm.name} is trained on the text between ⟦ and ⟧:\n{rows[0].sample}")
         for note in dict.fromkeys((*rows[0].notes, *rows[1].notes)):
             progress.say(f"note: {note}")
-        model = _trainable(bench, arm, base, seed)
         if in_parts:
             shard(base.model, world)
+        model = Classifier(tuned, bench.labels) if arm.mode == "head" else tuned
         progress.stage(f"train {arm.name}, seed {seed}", _steps(bench, arm, rows[0]))
         settings = {"seed": seed, "world": world, "progress": progress}
-        state = _fit(bench, arm, base, model, rows, rehearsed, scratch, settings)
+        state = _fit(bench, arm, model, rows, rehearsed, scratch, settings)
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     found = gathered(trained, world)
     if not world.first:
         return
     if in_parts:
-        base = _load(bench, arm, "cpu")
-        model = _trainable(bench, arm, base, seed)
+        base, tuned = making.load_trainable(bench, arm, seed, "cpu")
+        model = Classifier(tuned, bench.labels) if arm.mode == "head" else tuned
         model.load_state_dict(found, strict=False)
     _write(arm, base, model, directory)
     shutil.copyfile(scratch / "log.jsonl", directory / "log.jsonl")
@@ -131,23 +131,6 @@ def notes(trainings: Sequence[Facts]) -> list[str]:
     return found
 
 
-def _load(bench: Workbench, arm: Arm, device: str) -> Base:
-    """The base; trained weights are kept in float32, frozen ones in what the device computes in."""
-    import torch
-
-    dtype = torch.float32 if arm.method == "full" else compute_dtype(choose_device())
-    return load_base(arm.base or bench.task.bases()[0], dtype=dtype, device=device)
-
-
-def _trainable(bench: Workbench, arm: Arm, base: Base, seed: int) -> Any:
-    tuned: Any = base.model
-    if arm.method == "full":
-        tuned.requires_grad_(requires_grad=True)
-    else:
-        tuned = add_lora(base.model, bench.task.training.lora, seed)
-    return Classifier(tuned, bench.labels) if arm.mode == "head" else tuned
-
-
 def _steps(bench: Workbench, arm: Arm, rows: preflight.Prepared) -> int:
     training = bench.task.training
     passes = training.epochs + (classify.READING_PASSES if arm.mode == "head" else 0)
@@ -157,18 +140,21 @@ def _steps(bench: Workbench, arm: Arm, rows: preflight.Prepared) -> int:
 def _fit(
     bench: Workbench,
     arm: Arm,
-    base: Base,
     model: Any,
     rows: tuple[preflight.Prepared, preflight.Prepared],
     rehearsed: rehearsal.Rehearsal | None,
     scratch: Path,
     settings: dict[str, Any],
 ) -> State:
-    training = bench.task.training
-    rate = sft.default_learning_rate(base.model, full=arm.method == "full")
+    training, tuning = bench.task.training, arm.tuning
+    assert tuning is not None  # noqa: S101  the arm is a tuned one
+    if not tuning.decays:
+        training = training.model_copy(update={"weight_decay": 0.0})
+    tuned = model.model if arm.mode == "head" else model
+    rate = sft.default_learning_rate(tuned, tuning)
     settings["learning_rate"] = training.learning_rate or rate
     if arm.mode == "head":
-        return _fit_head(model, bench, rows, scratch, settings)
+        return _fit_head(model, bench.labels, training, rows, scratch, settings)
     train, held = (p.rows for p in rows)
     score = Scorer(model)
     if rehearsed:
@@ -181,14 +167,14 @@ def _fit(
 
 def _fit_head(
     classifier: Classifier,
-    bench: Workbench,
+    labels: Sequence[str],
+    training: Training,
     rows: tuple[preflight.Prepared, preflight.Prepared],
     scratch: Path,
     settings: dict[str, Any],
 ) -> State:
     """Learn to read the inputs, then their labels; seconds and skipped steps are those of both."""
-    training = bench.task.training
-    train, held = (classify.label_rows(p.rows, p.examples, bench.labels) for p in rows)
+    train, held = (classify.label_rows(p.rows, p.examples, labels) for p in rows)
     read = sft.fit(
         classifier.model,
         sft.answer_loss(Scorer(classifier.model)),
@@ -208,7 +194,7 @@ def _fit_head(
 def _write(arm: Arm, base: Base, model: Any, directory: Path) -> None:
     making.write_about(directory, arm, "")
     tuned = model.model if arm.mode == "head" else model
-    if arm.method == "full":
+    if arm.tuning and not arm.tuning.adapter:
         # In what the device computes in, as it is loaded again: what is served was trained so.
         tuned.to(compute_dtype(tuned.device)).save_pretrained(directory)
         base.tokenizer.save(directory)

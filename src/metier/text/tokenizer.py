@@ -11,12 +11,12 @@ import hashlib
 import json
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from metier.errors import DataError, ModelError
+from metier.errors import ConfigError, DataError, ModelError
 from metier.text.sandbox import compile_template
 
 if TYPE_CHECKING:
@@ -73,15 +73,50 @@ class Tokenizer:
         self.vocab_size: int = max(backend.get_vocab().values()) + 1
 
     @classmethod
-    def load(cls, name: str | Path) -> Tokenizer:
+    def load(cls, name: str | Path, extra_stop_ids: Collection[int] = ()) -> Tokenizer:
         """Load from a directory or a Hub name; remote code is never run.
+
+        Args:
+            name: directory or name.
+            extra_stop_ids: ids that end an answer besides those that its files name.
 
         Raises:
             ModelError: there is no tokenizer, or it cannot be read.
 
         """
         backend = _load_backend(str(name))
-        return cls(backend, str(name), _generation_stop_ids(Path(name), backend))
+        named = _generation_stop_ids(Path(name), backend)
+        return cls(backend, str(name), [*named, *extra_stop_ids])
+
+    def extended(self, tokens: Sequence[str]) -> Tokenizer:
+        """The same with new tokens behind all others: each stands for its text wherever that is.
+
+        Raises:
+            ConfigError: one is a token already, or changes text: tokenizers that mark the start of
+                a text mark that behind a new token, too, and others lose characters beyond ASCII.
+
+        """
+        from tokenizers import AddedToken
+
+        for token in tokens:
+            if self._backend.convert_tokens_to_ids(token) not in (None, self._backend.unk_token_id):
+                raise ConfigError(
+                    "training.added_tokens",
+                    f"'{token}' is a token of '{self.name}' already",
+                    "leave it out, or write it otherwise",
+                )
+        backend = copy.deepcopy(self._backend)
+        # Not normalised: they are found in a text as it is written, and come out so.
+        backend.add_tokens([AddedToken(token, normalized=False) for token in tokens])
+        found = Tokenizer(backend, self.name, sorted(self.stop_ids))
+        for text in (f"a {token}b" for token in tokens):
+            if (back := found.decode(found.encode(text))) != text:
+                raise ConfigError(
+                    "training.added_tokens",
+                    f"'{self.name}' would read '{text}' as '{back}'",
+                    "use ASCII characters, or a base with another tokenizer",
+                )
+        return found
 
     @property
     def opening_id(self) -> int:

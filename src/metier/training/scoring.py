@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from metier.model.backbone import context_of, inner, output_weight
+from metier.model.prelude import behind, prelude
 from metier.model.rows import side_by_side
 from metier.model.world import is_in_parts
 from metier.training.forward import Forward, forward_of, mixed_precision
@@ -62,13 +63,13 @@ class Scorer:
 
 def _through_head(
     forward: Forward,
-    weight: Tensor,
+    weight: Callable[[], Tensor],
     ids: Tensor,
     lengths: Sequence[int],
     wanted: Tensor,
     criterion: Criterion,
 ) -> Tensor:
-    return of_head(forward(ids, lengths)[wanted], weight, criterion)
+    return of_head(forward(ids, lengths)[wanted], weight(), criterion)
 
 
 def _through_logits(
@@ -81,10 +82,10 @@ def _through_logits(
     """The same for a family whose logits are not just a product with the head."""
 
     def read(padded: Tensor) -> Tensor:
-        found: Tensor = inner(model)(input_ids=padded, use_cache=False).logits
+        found: Tensor = inner(model)(input_ids=padded, **behind(before, len(padded))).logits
         return found
 
     with mixed_precision(model):
-        together = is_in_parts(model)
+        before, together = prelude(model), is_in_parts(model)
         logits = side_by_side(read, ids, lengths, context_of(model), wanted, at_once=together)
     return of_logits(logits, criterion)

@@ -19,7 +19,7 @@ from torch import Tensor
 from metier.errors import TrainingError
 from metier.model.world import World
 from metier.progress import Progress, Silent
-from metier.task import Training
+from metier.task import Training, Tuning
 from metier.training.batches import Batch, Row, RowBatches, cut
 from metier.training.loop import Loop, Plan, State, cosine
 from metier.training.losses import next_tokens
@@ -42,7 +42,6 @@ MICRO_TOKENS = 2048
 # Of LoRA on a model 2,000 wide; "LoRA Without Regret" (Schulman et al. 2025) found the exponent on
 # Llamas, this optimum, and ten times the rate of full tuning.
 _RATE, _RATE_WIDTH, _RATE_EXPONENT = 5e-4, 2000, -0.78
-_FULL = 0.15
 _CHECKPOINT_SECONDS = 10.0
 
 
@@ -138,11 +137,11 @@ def _unjudged(loss: Callable[[Batch], Tensor]) -> Judge:
     return lambda batch: (loss(batch).item(),)
 
 
-def default_learning_rate(model: Model, *, full: bool) -> float:
-    """Peak learning rate for a base of this width, LoRA or full."""
+def default_learning_rate(model: Model, tuning: Tuning) -> float:
+    """Peak learning rate for a base of this width and a way of updating it."""
     width: int = model.config.get_text_config().hidden_size
     rate: float = _RATE * (width / _RATE_WIDTH) ** _RATE_EXPONENT
-    return _FULL * rate if full else rate
+    return tuning.rate * rate
 
 
 def _plan(steps_per_epoch: int, training: Training, seed: int) -> Plan:

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from metier.model.adapters import add_lora, load_adapter, save_adapter
+from metier.model.adapters import add_adapter, load_adapter, save_adapter
 from metier.model.device import compute_dtype
 from metier.model.load import Base, base_config, load_base
 from metier.progress import no_weight_bar
-from metier.task import Lora
+from metier.task import TUNINGS, Lora, Training
 from metier.text.tokenizer import Tokenizer
 from metier.training.optimizers import adamw, muon_and_adam
 from metier.training.pretrain_config import PretrainConfig, Shape
@@ -104,7 +104,9 @@ def given_base(config: PretrainConfig, name: str, device: torch.device) -> Start
     """
     # Trained weights are kept in float32; frozen ones in what the device computes in.
     base = load_base(name, None if config.adapter else torch.float32, str(device))
-    rate = config.learning_rate or default_learning_rate(base.model, full=not config.adapter)
+    rate = config.learning_rate or default_learning_rate(
+        base.model, TUNINGS["lora" if config.adapter else "full"]
+    )
     stored = _stored_dtype(name)
     if config.adapter:
         return _adapted(base, config, config.adapter, rate, stored)
@@ -125,7 +127,7 @@ def _adapted(
     base: Base, config: PretrainConfig, lora: Lora, rate: float, stored: torch.dtype
 ) -> Start:
     """An adapter, which is written beside the base that it is merged into."""
-    model = add_lora(base.model, lora, config.seed)
+    model = add_adapter(base.model, "lora", Training(lora=lora), config.seed)
     device = base.model.device
 
     def write(directory: Path) -> PreTrainedModel:

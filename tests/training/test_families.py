@@ -1,0 +1,208 @@
+"""Every family and way of tuning: load, train, save, and read by plain Transformers or PEFT."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from metier.model.adapters import add_adapter, load_adapter, save_adapter, unfreeze
+from metier.model.decoder import Decoder
+from metier.model.load import Base, load_base, starter_path
+from metier.progress import Progress, Silent
+from metier.task import TUNINGS, Lora, Training
+from metier.text.template import Renderer
+from metier.training import sft
+from metier.training.batches import Batch, Row
+from metier.training.scoring import Scorer
+from metier.training.sft import answer_loss, default_learning_rate, fit
+from tests.training.families import FAMILIES, write_base
+from tests.training.test_sft import rows_of
+
+TRAINING = Training(
+    epochs=10, batch_size=6, patience=0, virtual_tokens=4, lora=Lora(rank=4, alpha=8)
+)
+KINDS = [kind for kind in TUNINGS if kind != "qlora"]
+OTHER = {
+    "Mistral": "dora",
+    "Qwen3": "prefix-tuning",
+    "Gemma3Text": "prompt-tuning",
+    "Phi": "ia3",
+    "GPT2": "pissa",
+    "GPTNeoX": "rslora",
+}
+MATRIX = [("Llama", kind) for kind in KINDS] + [
+    (family, kind) for family, other in OTHER.items() for kind in ("full", "lora", other)
+]
+
+
+@dataclass
+class Tuned:
+    """What a training left behind."""
+
+    base: Base
+    model: Any
+    rows: list[Row]
+    before: float
+    after: float
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {family: write_base(tmp_path_factory.mktemp(family), family) for family in FAMILIES}
+
+
+def load(path: Path) -> Base:
+    return load_base(str(path), dtype=torch.float32, device="cpu")
+
+
+def prepared(path: Path, kind: str, training: Training) -> tuple[Base, Any, list[Row]]:
+    base = load(path)
+    rows = rows_of(Renderer(base.tokenizer, "question-answer"), training)
+    if TUNINGS[kind].adapter:
+        return base, add_adapter(base.model, kind, training, 0), rows
+    unfreeze(base.model, training.layers)
+    return base, base.model, rows
+
+
+def tune(path: Path, kind: str, training: Training = TRAINING) -> Tuned:
+    """Twenty steps at the default learning rate."""
+    base, model, rows = prepared(path, kind, training)
+    batch = Batch.of(sorted(rows, key=lambda row: -len(row.ids)))
+    score = Scorer(model)
+    with torch.no_grad():
+        before = answer_loss(score)(batch).item()
+    rate = default_learning_rate(model, TUNINGS[kind])
+    state = fit(model, answer_loss(score), rows, rows, training, learning_rate=rate, seed=0)
+    assert state.step == 20
+    model.eval()
+    with torch.no_grad():
+        after = answer_loss(score)(batch).item()
+    return Tuned(base, model, rows, before, after)
+
+
+def write(tuned: Tuned, kind: str, directory: Path) -> None:
+    if TUNINGS[kind].adapter:
+        save_adapter(tuned.model, directory, tuned.base)
+    else:
+        tuned.model.save_pretrained(directory)
+        tuned.base.tokenizer.save(directory)
+
+
+def plain(base: Path, kind: str, directory: Path) -> Any:
+    """What the library alone makes of the files."""
+    start = base if TUNINGS[kind].adapter else directory
+    model = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32)
+    return (PeftModel.from_pretrained(model, directory) if start == base else model).eval()
+
+
+@torch.inference_mode()
+def alone(model: Any, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Logits of what follows each prompt, one by one and without padding."""
+    return torch.stack([model(input_ids=torch.tensor([ids])).logits[0, -1] for ids in prompts])
+
+
+def ours(model: Any, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+    """The same through the engine's decoder, side by side."""
+    return Decoder(model, prompts, 2).logits
+
+
+def prompts_of(tuned: Tuned) -> list[list[int]]:
+    """Of several lengths, the longest beyond the families' windows."""
+    ids = [list(row.ids) for row in tuned.rows[:4]]
+    return [ids[0][:1], ids[1], ids[2] + ids[3], ids[3][:5]]
+
+
+def check(base: Path, kind: str, directory: Path) -> None:
+    """Train, write and read again: by PEFT, and by metier."""
+    tuned = tune(base, kind)
+    assert tuned.after < 0.95 * tuned.before
+    write(tuned, kind, directory)
+    prompts = prompts_of(tuned)
+    found = ours(tuned.model, prompts)
+    expected = alone(plain(base, kind, directory), prompts)
+    assert torch.allclose(found, expected, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(found, alone(load(base).model, prompts), atol=1e-2)
+    if TUNINGS[kind].adapter:
+        again = ours(load_adapter(load(base), directory), prompts)
+        assert torch.allclose(found, again, atol=1e-5)
+
+
+@pytest.mark.parametrize(("family", "kind"), MATRIX)
+def test_what_is_trained_is_what_others_read(
+    bases: dict[str, Path], tmp_path: Path, family: str, kind: str
+) -> None:
+    check(bases[family], kind, tmp_path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_on_real_weights(stories260k: Path, tmp_path: Path, kind: str) -> None:
+    check(stories260k, kind, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["lora", "prefix-tuning"])
+def test_the_same_on_the_starter(tmp_path: Path, kind: str) -> None:
+    check(starter_path(), kind, tmp_path)
+
+
+def test_what_is_read_otherwise_is_seen(bases: dict[str, Path], tmp_path: Path) -> None:
+    """Control: an adapter whose scale was changed on the disk is not what was trained."""
+    write(tune(bases["Llama"], "lora"), "lora", tmp_path)
+    tuned = load_adapter(load(bases["Llama"]), tmp_path)
+    config = tmp_path / "adapter_config.json"
+    config.write_text(config.read_text().replace('"use_rslora": false', '"use_rslora": true'))
+    prompts = [[5, 6, 7]]
+    expected = alone(plain(bases["Llama"], "lora", tmp_path), prompts)
+    assert not torch.allclose(ours(tuned, prompts), expected, atol=1e-2)
+
+
+class Interrupted(Silent):
+    """Stops a training in its tenth step, as Ctrl-C would."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def advance(self, steps: int = 1, **figures: object) -> None:
+        self.steps += steps
+        if self.steps == 10:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("kind", ["pissa", "prompt-tuning"])
+def test_an_interrupted_training_goes_on_as_if_it_had_not_been(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(sft, "_CHECKPOINT_SECONDS", 0.0)
+
+    def train(directory: Path | None, progress: Progress) -> dict[str, torch.Tensor]:
+        _, model, rows = prepared(bases["Llama"], kind, TRAINING)
+        loss = answer_loss(Scorer(model))
+        rate = default_learning_rate(model, TUNINGS[kind])
+        settings: dict[str, Any] = {"learning_rate": rate, "seed": 0, "progress": progress}
+        fit(model, loss, rows, rows, TRAINING, directory=directory, **settings)
+        return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+    whole = train(None, Silent())
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, Interrupted())
+    resumed = train(tmp_path, Silent())
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_chosen_layers_alone_are_trained_in_every_family(
+    bases: dict[str, Path], family: str
+) -> None:
+    training = TRAINING.model_copy(update={"layers": (-1,)})
+    for kind in ("full", "lora", "ia3"):
+        _, model, _ = prepared(bases[family], kind, training)
+        names = [name for name, p in model.named_parameters() if p.requires_grad]
+        assert names
+        assert all(re.search(r"\.(layers|h)\.1\.", name) for name in names), names
