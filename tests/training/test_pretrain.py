@@ -110,12 +110,13 @@ def test_bits_per_byte_is_what_transformers_computes(trained: tuple[Path, Path])
 
 
 class Interrupted(Silent):
-    """Ends the program at a stage, or after so many steps of training."""
+    """Ends the program at a stage, at a line that is told, or after so many steps of a stage."""
 
     def __init__(self, at: str, end: Callable[[], None]) -> None:
         self.at, self.end, self.steps = at, end, 0
 
     def stage(self, name: str, total: float | None = None) -> None:
+        self.steps = 0
         if self.at in name:
             self.end()
 
@@ -125,7 +126,7 @@ class Interrupted(Silent):
             self.end()
 
     def say(self, text: str) -> None:
-        if self.at in text:
+        if self.at in text and not self.at.isdigit():
             self.end()
 
 
