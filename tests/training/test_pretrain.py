@@ -111,7 +111,7 @@ def test_bits_per_byte_is_what_transformers_computes(trained: tuple[Path, Path])
 
 
 class Interrupted(Silent):
-    """Ends the program at a stage, or after so many steps of training."""
+    """Ends the program at a stage, at a line that is told, or after so many steps of a stage."""
 
     def __init__(self, at: str, end: Callable[[], None]) -> None:
         self.at, self.end, self.steps = at, end, 0
