@@ -188,7 +188,7 @@ FIELDS = {
     "arm twice in other words": Bad({"arms": ["lora", "lora/text"]}, "arms", "stands twice"),
     "head without labels": Bad(TEXT | {"arms": ["lora/head"]}, "task.yaml", "classification"),
     "classical without labels": Bad(TEXT | {"arms": ["classical"]}, "task.yaml", "classification"),
-    "head of a prompt": Bad({"arms": ["prompt/head"]}, "task.yaml", "only lora and full"),
+    "head of a prompt": Bad({"arms": ["prompt/head"]}, "task.yaml", "can carry a head"),
     "remote without a section": Bad({"arms": ["remote"]}, "task.yaml", "section 'remote'"),
     "remote without a key": Bad(
         {"arms": ["classical", "remote"], "remote": REMOTE}, "NO_SUCH_KEY", "."

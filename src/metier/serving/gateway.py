@@ -200,6 +200,8 @@ def _server(app: FastAPI) -> uvicorn.Server:
     return uvicorn.Server(
         uvicorn.Config(
             app,
+            # Its own configuration would close the handlers of all who log in this process.
+            log_config=None,
             log_level="warning",
             access_log=False,
             lifespan="off",
