@@ -55,8 +55,8 @@ TUNINGS = {
         Tuning("dora"),
         Tuning("pissa", decays=False),
         Tuning("ia3", "IA3", 30, frozenset({"layers"}), decays=False),
-        Tuning("prompt-tuning", "PROMPT_TUNING", 100, _VIRTUAL, decays=False),
-        Tuning("prefix-tuning", "PREFIX_TUNING", 50, _VIRTUAL, decays=False),
+        Tuning("prompt-tuning", "PROMPT_TUNING", 30, _VIRTUAL, decays=False),
+        Tuning("prefix-tuning", "PREFIX_TUNING", 30, _VIRTUAL, decays=False),
         Tuning("qlora", four_bit=True),
         Tuning("full", "", 0.15, frozenset({"layers", "added_tokens"})),
     )
