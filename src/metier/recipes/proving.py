@@ -178,7 +178,9 @@ class Trial:
             return None if own == other.ids else first
         if (other.text, other.tokens) == (self._answers[row].text, len(own)):
             return None
-        starts = (self.renderer.answer(own[: end + 1]).rstrip("\ufffd") for end in range(len(own)))
+        decode = self.renderer.tokenizer.decode
+        # The last character may be one of several bytes, of which not all are there.
+        starts = (decode(own[: end + 1]).lstrip().rstrip("\ufffd") for end in range(len(own)))
         parting = (at for at, text in enumerate(starts) if not other.text.startswith(text))
         return next(parting, len(own) - 1)
 

@@ -167,9 +167,10 @@ def serve(
             "without a key anyone who reaches this address could use the model",
             "set METIER_API_KEY, or serve on 127.0.0.1",
         )
-    server = _server(create_app(specialists, api_key, {*LOOPBACK, host, *allowed_hosts}))
+    app = create_app(specialists, api_key, {*LOOPBACK, host, *allowed_hosts})
     with _listen(host, port) as listener:
         address = f"[{host}]" if ":" in host else host
+        server = _server(app)
         if ready:
             ready(f"http://{address}:{listener.getsockname()[1]}/v1")
         with contextlib.suppress(KeyboardInterrupt):  # the usual way to end it
@@ -184,8 +185,9 @@ def listening(specialists: Mapping[str, Specialist], api_key: str) -> Iterator[i
         the port, on 127.0.0.1.
 
     """
-    server = _server(create_app(specialists, api_key))
+    app = create_app(specialists, api_key)
     with _listen("127.0.0.1", 0) as listener:
+        server = _server(app)
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()
         try:
