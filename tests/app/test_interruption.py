@@ -104,7 +104,8 @@ def tmpfs(place: Path) -> Iterator[None]:
     if mounted.returncode:
         pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
     yield
-    subprocess.run(["umount", str(run)], check=True)
+    # Lazily: weights read from there may be mapped until their last tensor is gone.
+    subprocess.run(["umount", "--lazy", str(run)], check=True)
 
 
 def end_in_full(

@@ -139,3 +139,15 @@ def test_two_whole_checkpoints_are_kept_also_after_a_damaged_one(saved: Path) ->
     checkpoint.save(saved, snapshot(6), 6)
     assert names() == ["5", "6"]
     assert loaded(saved) == (6, ())
+
+
+def test_a_checkpoint_of_another_layout_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as older:
+        older.setattr(checkpoint, "_EDITION", 1)
+        checkpoint.save(tmp_path, snapshot(1), 1)
+        assert loaded(tmp_path) == (1, ()), "its own version reads it"
+    with pytest.raises(RunError, match="another version of metier") as refusal:
+        checkpoint.load_newest(tmp_path)
+    assert str(tmp_path) in refusal.value.remedy

@@ -17,7 +17,7 @@ from metier.errors import RunError
 
 _PREFIX = "step-"
 _KEPT = 2
-
+_EDITION = 2  # of the files' layout; one of another edition is refused, not guessed at
 
 States = Mapping[str, Mapping[str, Any]]
 """Of one optimiser: name of a parameter to what is kept of it, tensors and numbers."""
@@ -54,7 +54,7 @@ def save(directory: Path, checkpoint: Checkpoint, step: int) -> Path:
         _write(target / "model.safetensors", checkpoint.tensors)
         _write(target / "best.safetensors", checkpoint.best)
         _write(target / "optimizer.safetensors", tensors)
-        state = {"state": dict(checkpoint.state), "optimizers": numbers}
+        state = {"edition": _EDITION, "state": dict(checkpoint.state), "optimizers": numbers}
         (target / "state.json").write_text(json.dumps(state))
     found = _found(directory)
     kept = found[: found.index(path) + 1][-_KEPT:]
@@ -70,7 +70,8 @@ def load_newest(directory: Path) -> tuple[Checkpoint | None, tuple[str, ...]]:
         the checkpoint, or None when there is none, and what was wrong with newer ones.
 
     Raises:
-        RunError: checkpoints are there, but every one is damaged.
+        RunError: checkpoints are there, but every one is damaged, or the newest whole one was
+            written by a metier that lays them out otherwise.
 
     """
     problems: list[str] = []
@@ -78,9 +79,10 @@ def load_newest(directory: Path) -> tuple[Checkpoint | None, tuple[str, ...]]:
     for path in reversed(found):
         try:
             runs.verify(path)
-            return _read(path), tuple(problems)
         except RunError as error:
             problems.append(f"{error.place} {error.cause}")
+        else:
+            return _read(path), tuple(problems)
     if found:
         raise RunError(
             str(directory),
@@ -96,6 +98,12 @@ def _found(directory: Path) -> list[Path]:
 
 def _read(path: Path) -> Checkpoint:
     saved = json.loads((path / "state.json").read_text())
+    if saved.get("edition") != _EDITION:
+        raise RunError(
+            str(path),
+            "was written by another version of metier, whose checkpoints this one cannot read",
+            f"go on with that version, or delete {path.parent} to train anew",
+        )
     tensors = load_file(path / "optimizer.safetensors")
     return Checkpoint(
         tensors=load_file(path / "model.safetensors"),
