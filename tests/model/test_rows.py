@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metier.model.rows import _GROUP_COST, cheapest_cut, groups, padded, side_by_side
+from metier.model.rows import _GROUP_COST, cheapest_cut, groups, padded, parted, side_by_side
 
 CPU = torch.device("cpu")
 lengths_of_rows = st.lists(st.integers(1, 300), min_size=1, max_size=40).map(
@@ -21,10 +21,12 @@ lengths_of_rows = st.lists(st.integers(1, 300), min_size=1, max_size=40).map(
 def test_values_come_back_to_their_tokens_and_padding_is_zero(lengths: list[int]) -> None:
     tokens = torch.arange(1.0, sum(lengths) + 1)[:, None].repeat(1, 2)
     back = []
-    for group in groups(lengths, CPU):
-        padded = group.spread(tokens)
+    parts = groups(lengths, CPU)
+    spare = torch.zeros(3, 2)
+    for group, own in zip(parts, parted(torch.cat((tokens, spare)), parts), strict=True):
+        padded = group.spread(own)
         assert padded.shape == (group.rows, group.length, 2)
-        assert int((padded[..., 0] != 0).sum()) == group.end - group.start
+        assert int((padded[..., 0] != 0).sum()) == group.tokens
         back.append(group.gather(padded))
     assert torch.equal(torch.cat(back), tokens)
 
@@ -61,7 +63,8 @@ def test_gradients_pass_through_padding() -> None:
     tokens = torch.randn(242, 1, dtype=torch.float64, requires_grad=True)
 
     def there_and_back(values: torch.Tensor) -> torch.Tensor:
-        parts = [g.gather(g.spread(values).cumsum(1).sin()) for g in groups(lengths, CPU)]
+        own = zip(groups(lengths, CPU), parted(values, groups(lengths, CPU)), strict=True)
+        parts = [group.gather(group.spread(part).cumsum(1).sin()) for group, part in own]
         return torch.cat(parts)
 
     assert torch.autograd.gradcheck(there_and_back, tokens)

@@ -10,6 +10,7 @@ import psutil
 import torch
 
 from metier.errors import ModelError
+from metier.model.memory import keep_freed
 from metier.progress import Progress
 
 # What /proc/cpuinfo calls native bfloat16 arithmetic on x86 and on ARM.
@@ -66,7 +67,7 @@ def processor_flags() -> frozenset[str]:
 
 
 def set_up_processor(progress: Progress | None = None) -> int:
-    """Give PyTorch its threads and bound what it keeps. Returns how many threads.
+    """Give PyTorch its threads and say what memory it keeps. Returns how many threads.
 
     There is a thread for every core this process may use; OMP_NUM_THREADS wins. Must be called
     before the first product, as the bound is read then.
@@ -78,6 +79,7 @@ def set_up_processor(progress: Progress | None = None) -> int:
 
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", _PRIMITIVES)
+    keep_freed()
     asked = os.environ.get("OMP_NUM_THREADS", "")
     if asked.isdigit() and int(asked):
         count = int(asked)

@@ -19,8 +19,9 @@ from torch.nn import functional as F
 from metier.model.backbone import inner
 from metier.model.causal import causal_attention
 from metier.model.linear import Joined, Weights, project
+from metier.model.pointwise import rms_norm, rotate, swiglu
 from metier.model.prelude import virtual_tokens
-from metier.model.rows import Group, groups, padded
+from metier.model.rows import Group, groups, padded, parted
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -83,7 +84,7 @@ class LlamaForward:
         x, eps = x.to(self._dtype), self._config.rms_norm_eps
         for layer in self._layers:
             x = self._compute(x, layer.weights(self._dtype), layout, self._head_sizes(), eps)
-        return _norm(x, self._model.norm.weight, eps)[: len(ids)]
+        return rms_norm(x, self._model.norm.weight, eps)[: len(ids)]
 
     def _head_sizes(self) -> tuple[int, int, int]:
         heads: int = self._config.num_attention_heads
@@ -189,40 +190,24 @@ def _compute(
     x: Tensor, weights: _LayerWeights, layout: Layout, sizes: tuple[int, int, int], eps: float
 ) -> Tensor:
     """One decoder layer, shape (tokens, hidden) to the same."""
-    projected = project(_norm(x, weights.attention_norm, eps), weights.qkv)
+    projected = project(rms_norm(x, weights.attention_norm, eps), weights.qkv)
     x = x + project(_attention(projected, layout, sizes), weights.output)
-    gate, up = project(_norm(x, weights.mlp_norm, eps), weights.gate_up).chunk(2, dim=-1)
-    return x + project(F.silu(gate) * up, weights.down)
+    gate_up = project(rms_norm(x, weights.mlp_norm, eps), weights.gate_up)
+    return x + project(swiglu(gate_up), weights.down)
 
 
 def _attention(projected: Tensor, layout: Layout, sizes: tuple[int, int, int]) -> Tensor:
     """Causal attention of q, k and v of every token, side by side."""
     heads, kv_heads, size = sizes
     tokens = projected.view(len(projected), -1, size)
-    turned = _rotate(tokens[:, : heads + kv_heads], layout.cos, layout.sin)
-    values = tokens[:, heads + kv_heads :]
+    queries_and_keys, values = torch.split(tokens, [heads + kv_heads, kv_heads], dim=1)
+    turned = rotate(queries_and_keys, layout.cos, layout.sin)
     mixed = [
-        group.gather(causal_attention(group.spread(turned), group.spread(values), layout.mask))
-        for group in layout.groups
+        group.gather(causal_attention(group.spread(own), group.spread(found), layout.mask))
+        for group, own, found in zip(
+            layout.groups, parted(turned, layout.groups), parted(values, layout.groups), strict=True
+        )
     ]
     if layout.spare:
         mixed.append(projected.new_zeros(layout.spare, heads * size))
     return torch.cat(mixed) if len(mixed) > 1 else mixed[0]
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding (Su et al. 2021, arXiv 2104.09864), half-split layout."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-
-
-def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm (Zhang and Sennrich 2019, arXiv 1910.07467) in float32 at least."""
-    wide = _wide(x)
-    scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return (scaled * weight).to(x.dtype)
-
-
-def _wide(x: Tensor) -> Tensor:
-    """At least float32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -28,27 +28,24 @@ class Group:
     """Rows that are read side by side.
 
     Attributes:
-        start: of its first token among all.
-        end: behind its last token.
+        tokens: how many real ones it has.
         rows: how many.
         length: of each, padding included.
-        places: of the real tokens among the padded ones, shape (end - start,); None where there
-            is no padding.
+        places: of the real tokens among the padded ones, shape (tokens,); None where there is no
+            padding.
 
     """
 
-    start: int
-    end: int
+    tokens: int
     rows: int
     length: int
     places: Tensor | None
 
-    def spread(self, tokens: Tensor) -> Tensor:
-        """Values of all tokens, shape (tokens, ...), to those of its rows, (rows, length, ...)."""
-        own = tokens[self.start : self.end]
+    def spread(self, own: Tensor) -> Tensor:
+        """Values of its tokens, shape (tokens, ...), to those of its rows, (rows, length, ...)."""
         if self.places is not None:
             own = _Spread.apply(own, self.places, self.rows * self.length)  # type: ignore[no-untyped-call]
-        return own.reshape(self.rows, self.length, *tokens.shape[1:])
+        return own.reshape(self.rows, self.length, *own.shape[1:])
 
     def gather(self, rows: Tensor) -> Tensor:
         """Values of its rows, shape (rows, length, ...), to those of its real tokens."""
@@ -79,17 +76,22 @@ def groups(
     """
     if any(before < after for before, after in pairwise(lengths)):
         raise ValueError("rows must stand longest first")
-    found, start = [], 0
+    found = []
     rounded = [min(padded(length), context or padded(length)) for length in lengths]
     for first, last in [(0, len(lengths))] if at_once else cheapest_cut(rounded):
         own, length = lengths[first:last], rounded[first]
-        end, places = start + sum(own), None
-        if end - start < len(own) * length:
+        tokens, places = sum(own), None
+        if tokens < len(own) * length:
             each = [torch.arange(n) + place * length for place, n in enumerate(own)]
             places = torch.cat(each).to(device)
-        found.append(Group(start, end, len(own), length, places))
-        start = end
+        found.append(Group(tokens, len(own), length, places))
     return found
+
+
+def parted(values: Tensor, parts: Sequence[Group]) -> tuple[Tensor, ...]:
+    """Values of all tokens, shape (tokens, ...), group by group, without what is behind them."""
+    sizes = [group.tokens for group in parts]
+    return torch.split(values, [*sizes, len(values) - sum(sizes)])[:-1]
 
 
 def side_by_side(
@@ -115,11 +117,13 @@ def side_by_side(
         the values of the wanted tokens, shape (tokens, ...).
 
     """
-    parts = []
-    for group in groups(lengths, ids.device, context, at_once=at_once):
-        values = group.gather(read(group.spread(ids)))
-        parts.append(values if wanted is None else values[wanted[group.start : group.end]])
-    return torch.cat(parts)
+    found = []
+    parts = groups(lengths, ids.device, context, at_once=at_once)
+    looked = [None] * len(parts) if wanted is None else parted(wanted, parts)
+    for group, own, kept in zip(parts, parted(ids, parts), looked, strict=True):
+        values = group.gather(read(group.spread(own)))
+        found.append(values if kept is None else values[kept])
+    return torch.cat(found)
 
 
 def cheapest_cut(lengths: Sequence[int]) -> list[tuple[int, int]]:
