@@ -210,6 +210,20 @@ def test_every_family_is_continued_rightly(base: Base, family: str) -> None:
     assert engine.logprobs(pairs) == pytest.approx([plainly(model, *p) for p in pairs], abs=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("family", "apart"),
+    [("grouped heads", True), ("experts", True), ("sliding window", False), ("linear bias", False)],
+)
+def test_a_common_start_is_kept_once_where_that_can_be(family: str, apart: bool) -> None:
+    """A family that attends in a way of its own, as with a linear bias, reads it in every row."""
+    model = tiny(FAMILIES[family]())
+    start = list(range(4, 34))
+    prompts = [[*start, 5, 6], [*start, 7]]
+    rows = decoder.Decoder(model, prompts, 0)
+    assert rows._cache.get_seq_length() == (3 if apart else 33)
+    assert decoder.room(model, prompts, 10) == ([12, 11] if apart else [42, 41])
+
+
 def test_a_memory_of_its_own_is_refused(renderer: Renderer) -> None:
     config = transformers.MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2)
     with pytest.raises(ModelError, match="a way of its own"):

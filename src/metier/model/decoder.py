@@ -7,6 +7,8 @@ buffers with free slots, so that all rows write their next token at the same pla
     slot      0   1   2   3   4   5   6  ...
     row 0     -   a   b   c   d   e   .        - blank   . free
     row 1     -   -   -   -   x   y   .
+
+On a processor what they have in common stays apart, once for all rows (`attention.Start`).
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from metier.errors import ModelError
-from metier.model.attention import BY_PRODUCTS
+from metier.model.attention import BY_PRODUCTS, Start, behind_start
 from metier.model.backbone import inner
 from metier.model.prelude import prelude, repeated, virtual_tokens
 
@@ -52,20 +54,30 @@ class Decoder:
         self._device = model.device
         self._cache: Any = None
         self._mask: torch.Tensor | None = None
+        self._start: Start | None = None
         if not has_plain_cache(model):
             self._next = torch.tensor([[len(prompt)] for prompt in prompts], device=self._device)
             ids = torch.tensor([list(prompt) for prompt in prompts], device=self._device)
             self.logits = self._forward(ids, None)
             return
+        self._start = _start_of(model, prompts)
+        self._read(model, prompts, pad_id)
+        if self._start and not self._start.was_read:  # a family that attends in a way of its own
+            self._start = None
+            self._read(model, prompts, pad_id)
+
+    def _read(self, model: Any, prompts: Sequence[Ids], pad_id: int) -> None:
+        """Read prompts, of which the last token gives the first logits."""
         with evaluating(model):
-            self._cache = _read(model, [prompt[:-1] for prompt in prompts], pad_id)
+            self._cache = _read(model, [prompt[:-1] for prompt in prompts], pad_id, self._start)
         before = virtual_tokens(model)
         counts = torch.tensor([[before + len(prompt)] for prompt in prompts], device=self._device)
+        own = counts - (self._start.length if self._start else 0)
         # Slot 0 is blank in every row: with nothing masked at all, PyTorch's attention takes a
         # path that is several times slower for grouped heads in bfloat16.
-        self._used = int(counts.max())
+        self._used = int(own.max())
         slots = torch.arange(_blocks(self._used), device=self._device)
-        self._mask = (slots > self._used - counts) & (slots < self._used)
+        self._mask = (slots > self._used - own) & (slots < self._used)
         self._next = counts - 1
         self.push(torch.tensor([prompt[-1] for prompt in prompts], device=self._device))
 
@@ -87,7 +99,7 @@ class Decoder:
             self._mask = self._mask[rows]
 
     def _forward(self, ids: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
-        with evaluating(self._model), _attending_by_products(self._model):
+        with evaluating(self._model), _attending_by_products(self._model, self._start):
             output = self._model(
                 input_ids=ids,
                 attention_mask=self._mask,
@@ -167,18 +179,48 @@ def _blocks(slots: int) -> int:
 
 
 @contextlib.contextmanager
-def _attending_by_products(model: Any) -> Iterator[None]:
+def _attending_by_products(model: Any, start: Start | None) -> Iterator[None]:
     """Let a model on a processor attend by `attention.by_products` instead of the fused kernel."""
-    config = model.config.get_text_config()
-    usual = config._attn_implementation
-    if model.device.type != "cpu" or usual != "sdpa":
+    if not _can_attend_by_products(model):
         yield
         return
+    config = model.config.get_text_config()
+    usual = config._attn_implementation
     config._attn_implementation = BY_PRODUCTS
     try:
-        yield
+        with behind_start(start):
+            yield
     finally:
         config._attn_implementation = usual
+
+
+def _can_attend_by_products(model: Any) -> bool:
+    usual = model.config.get_text_config()._attn_implementation
+    return bool(model.device.type == "cpu" and usual in ("sdpa", BY_PRODUCTS))
+
+
+def _keeps_start_apart(model: Any) -> bool:
+    """Whether what rows have in common can lie in memory once."""
+    layers = DynamicCache(config=model.config.get_text_config()).layers
+    whole = all(type(layer) is DynamicLayer for layer in layers)  # none forgets what is far away
+    return whole and _can_attend_by_products(model)
+
+
+def _start_of(model: Any, prompts: Sequence[Ids]) -> Start | None:
+    """What all prompts have in common, virtual tokens included, if it is to be kept apart."""
+    if len(prompts) == 1 or not _keeps_start_apart(model):
+        return None
+    bodies = [prompt[:-1] for prompt in prompts]
+    with evaluating(model):
+        cache = read_prefix(model, bodies[0][: _common_start(bodies)])
+    return Start([(layer.keys[0], layer.values[0]) for layer in cache.layers]) if cache else None
+
+
+def room(model: Any, prompts: Sequence[Ids], new_tokens: int) -> list[int]:
+    """Tokens that are held for each prompt and its answer, without those that are held once."""
+    bodies = [prompt[:-1] for prompt in prompts]
+    once = _common_start(bodies) if bodies and _keeps_start_apart(model) else 0
+    return [len(prompt) - once + new_tokens for prompt in prompts]
 
 
 def has_plain_cache(model: Any) -> bool:
@@ -221,36 +263,51 @@ def evaluating(model: Any) -> Iterator[None]:
             model.train()
 
 
-def _read(model: Any, bodies: Sequence[Ids], pad_id: int) -> Cache:
-    """Read prompts into buffers."""
+def _read(model: Any, bodies: Sequence[Ids], pad_id: int, start: Start | None) -> Cache:
+    """Read prompts into buffers, without the start that is kept apart."""
     before = virtual_tokens(model)
-    used = 1 + before + max(len(body) for body in bodies)
-    make = partial(_Buffers, len(bodies), used)
-    start = _common_start(bodies)
-    prefix = read_prefix(model, bodies[0][:start])
+    common = start.length - before if start else _common_start(bodies)
+    prefix = None if start else read_prefix(model, bodies[0][:common])
+    # What of the tokens before a row's own lies in its buffer.
+    copied = 0 if start else before + common
+    make = partial(_Buffers, len(bodies), 1 + copied - common + max(len(body) for body in bodies))
     layers: list[_Buffers] = []
     budget = _CHUNK_CPU if model.device.type == "cpu" else _CHUNK
-    for chunk in batches([len(body) - start for body in bodies], budget):
-        found = _read_chunk(model, prefix, [bodies[row][start:] for row in chunk], pad_id)
+    for chunk in batches([len(body) - common for body in bodies], budget):
+        rows = [bodies[row][common:] for row in chunk]
+        if not prefix and not any(rows):
+            continue
+        with _attending_by_products(model, start) if start else contextlib.nullcontext():
+            found = _read_chunk(model, prefix, rows, pad_id, start.length if start else 0)
         layers = layers or [make() for _ in found.layers]
         for layer, read in zip(layers, found.layers, strict=True):
-            for place, row in enumerate(chunk):
-                layer.place(row, before + len(bodies[row]), read.keys[place], read.values[place])
+            for place, row in enumerate(rows):
+                layer.place(chunk[place], copied + len(row), read.keys[place], read.values[place])
     if not layers:  # prompts of one token: nothing was read yet
         layers = [make() for _ in range(model.config.get_text_config().num_hidden_layers)]
     return Cache(layers=list(layers))
 
 
-def _read_chunk(model: Any, prefix: Any, suffixes: list[Ids], pad_id: int) -> Any:
-    """Cache of some prompts, the prefix included, padded on the right."""
+def _read_chunk(
+    model: Any, prefix: Any, suffixes: list[Ids], pad_id: int, position: int = 0
+) -> Any:
+    """Cache of some prompts, the prefix included, padded on the right.
+
+    Where what stands before them is no part of the cache, `position` is that of their first token.
+    """
     cache = repeated(prefix, len(suffixes)) if prefix else DynamicCache()
     length = max(len(suffix) for suffix in suffixes)
     if length == 0:
         return cache
     padded = [[*suffix, *[pad_id] * (length - len(suffix))] for suffix in suffixes]
     ids = torch.tensor(padded, device=model.device)
+    places = torch.arange(position, position + length, device=model.device)[None]
     return inner(model)(
-        input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1
+        input_ids=ids,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+        **({"position_ids": places} if position else {}),
     ).past_key_values
 
 

@@ -20,6 +20,7 @@ from metier.model.decoder import (
     evaluating,
     has_plain_cache,
     read_prefix,
+    room,
 )
 from metier.model.prelude import behind
 from metier.records import Chat, Completion
@@ -100,8 +101,10 @@ class Engine:
         for index, prompt in enumerate(prompts):
             self._check_room(len(prompt), self.max_new_tokens, f"prompt {index}")
         written: list[list[int]] = [[] for _ in prompts]
-        lengths = [len(prompt) + self.max_new_tokens for prompt in prompts]
-        for batch in batches(lengths, self.batch_tokens if self._plain else 0):
+        sizes = [len(prompt) for prompt in prompts]
+        if self._plain:
+            sizes = room(self.model, prompts, self.max_new_tokens)
+        for batch in batches(sizes, self.batch_tokens if self._plain else 0):
             with evaluating(self.model):
                 answers = self._greedy([prompts[i] for i in batch])
             for index, ids in zip(batch, answers, strict=True):
@@ -208,7 +211,7 @@ class Engine:
         alive = torch.ones(len(prompts), dtype=torch.bool, device=device)
         rows = torch.arange(len(prompts), device=device)
         for step in range(self.max_new_tokens):
-            tokens = decoder.logits.argmax(-1)
+            tokens = likeliest(decoder.logits)
             written[rows, step] = tokens
             stopped = torch.isin(tokens, self._stops) & alive[rows]
             if self.stop:
@@ -280,6 +283,14 @@ class Engine:
         return sums
 
 
+def likeliest(logits: torch.Tensor) -> torch.Tensor:
+    """The first of the likeliest tokens, shape (...), of logits, (..., vocabulary).
+
+    `argmax` of bfloat16 takes five times as long on a processor, about as long as the output head.
+    """
+    return logits.max(-1).indices
+
+
 class _Row(NamedTuple):
     """A sequence to score: its ids from `start` on count, for `place` in the result."""
 
@@ -302,7 +313,7 @@ class _Draw:
 
     def __call__(self, logits: torch.Tensor) -> int:
         if self._temperature < _COLDEST:
-            return int(logits.argmax())
+            return int(likeliest(logits))
         probabilities = (logits.float().cpu() / self._temperature).softmax(-1)
         ranked, tokens = probabilities.sort(descending=True, stable=True)
         # A token stays while the likelier ones hold less than top_p; the first always stays.
