@@ -99,10 +99,13 @@ def _best(arms: Iterable[Compared]) -> Compared | None:
 
 def chance(task: Task, expected: Sequence[str], labels: Sequence[str]) -> Chance:
     """What answers without understanding would score on the test part."""
+    commonest = Counter(expected).most_common(1)[0][1] / len(expected) if expected else 0.0
     if task.kind != "classification" or not expected:
         level = _NEAR_ZERO
+        if commonest > level:  # such as an empty list of entities
+            words = f"always giving the commonest answer ({percent(commonest)})"
+            return Chance(commonest, words, level)
         return Chance(level, f"giving no useful answer ({percent(level)} or less)", level)
-    commonest = Counter(expected).most_common(1)[0][1] / len(expected)
     choices = max(len(labels), len(set(expected)))
     guessing = 1 / choices
     if guessing > commonest:
