@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +15,13 @@ from torch import Tensor
 
 from metier.errors import TrainingError
 from metier.model.load import load_base
-from metier.model.tagger import Tagger, TagGenerator
-from metier.records import Example
+from metier.model.tagger import TagGenerator, Tagger
+from metier.progress import Silent
+from metier.records import Example, Message
 from metier.task import Training
 from metier.text.template import Renderer
 from metier.training.batches import Batch, Row, cut
+from metier.training.loop import State
 from metier.training.sft import fit
 from metier.training.tagging import labels_of, prepare, tag_judge, tag_loss, types_of
 from tests.training.families import write_base
@@ -92,35 +96,21 @@ def test_what_cannot_be_tagged_is_told(stories260k: Path) -> None:
     prepared = prepare(given, renderer, Training(), None, ("person", "place"), "validation")
     missing, unsure, unknown = prepared.notes
     assert missing.startswith("1 of 7 spans of the validation part do not stand in their text")
-    assert unsure.startswith("2 of 7 spans of the validation part stand in their text more often")
+    assert unsure.startswith("1 of 7 spans of the validation part stand in their text more often")
     assert unknown.startswith("1 of 7 spans of the validation part have a type that no training")
-    assert [row.tags.count(-1) > 1 for row in prepared.rows]
-    (whole,) = prepare([example("xRomex", place=["Rome"])], renderer, Training(), None, ("place",)).notes  # fmt: skip  # noqa: E501
-    assert "begin or end inside a token" in whole
+    inside = prepare([example("the", place=["th"])], renderer, Training(), None, ("place",))
+    assert inside.notes[0].endswith("begin or end inside a token: the whole token is learned")
     assert prepare(given[1:2], renderer, Training(), None, ("place",)).notes == ()
 
 
-@pytest.mark.parametrize(
-    ("given", "cause"),
-    [
-        ([example("x")], "names no span in any answer"),
-        (
-            [
-                dataclasses.replace(
-                    example("x"),
-                    messages=(
-                        {"role": "user", "content": "x"},
-                        {"role": "assistant", "content": '["x"]'},
-                    ),
-                )
-            ],
-            "does not name spans",
-        ),  # fmt: skip  # noqa: E501
-    ],
-)
-def test_answers_that_name_no_spans_are_refused(given: list[Example], cause: str) -> None:
-    with pytest.raises(TrainingError, match=cause):
-        types_of(given)
+def test_answers_that_name_no_spans_are_refused() -> None:
+    with pytest.raises(TrainingError, match="names no span in any answer"):
+        types_of([example("x"), example("y", place=[])])
+    asked, _ = example("x").messages
+    listed = (asked, Message(role="assistant", content='["Rome"]'))
+    with pytest.raises(TrainingError, match="does not name spans by their type") as caught:
+        types_of([*examples(), dataclasses.replace(example("x"), messages=listed)])
+    assert caught.value.place == "data.jsonl:1"
 
 
 def test_answers_that_are_not_in_their_texts_are_refused(stories260k: Path) -> None:
@@ -133,9 +123,10 @@ def test_a_text_that_is_too_long_to_be_read_twice_is_refused(stories260k: Path) 
     one = example("Rome " * 30, place=["Rome"] * 30)
     renderer = renderer_of(stories260k)
     (row,) = rows_of(renderer, one)
+    fits, tight = Training(max_length=len(row.ids)), Training(max_length=len(row.ids) - 1)
     with pytest.raises(TrainingError, match="tokens long"):
-        prepare([one], renderer, Training(max_length=len(row.ids) - 1), None, ("place",))
-    assert rows_of(renderer, one) == prepare([one], renderer, Training(max_length=len(row.ids)), None, ("place",)).rows  # fmt: skip  # noqa: E501
+        prepare([one], renderer, tight, None, ("place",))
+    assert prepare([one], renderer, fits, None, ("place",)).rows == [row]
 
 
 def oracle(directory: Path, tagger: Tagger, rows: list[Row]) -> torch.nn.Module:
@@ -180,7 +171,8 @@ def test_loss_and_gradient_are_those_of_transformers(tmp_path: Path, family: str
         part.backward()  # type: ignore[no-untyped-call]
         total += part.item()
     assert sum(batch.weight for batch in cut(rows, 100)) == weight
-    assert total == pytest.approx(expected.item(), rel=1e-9)
+    # Transformers' norms compute in float32, whatever the model is in.
+    assert total == pytest.approx(expected.item(), rel=1e-7)
     theirs = {name.partition(".")[2]: p.grad for name, p in model.named_parameters()}
     ours = {
         name.removeprefix("model.").partition(".")[2]: p.grad
@@ -189,15 +181,21 @@ def test_loss_and_gradient_are_those_of_transformers(tmp_path: Path, family: str
     compared = [name for name in ours if ours[name] is not None and theirs.get(name) is not None]
     assert len(compared) > 10
     for name in compared:
-        assert torch.allclose(ours[name], theirs[name], rtol=1e-7, atol=1e-9), name
-    assert max(float(ours[name].abs().max()) for name in compared) > 1e-3
+        furthest = float((ours[name] - theirs[name]).abs().max())
+        assert furthest < 1e-6 * max(1.0, float(theirs[name].abs().max())), name
+    assert max(float(ours[name].abs().max()) for name in compared) > 1e-2
+    other = [dataclasses.replace(rows[0], tags=(*rows[0].tags[:-1], 1)), *rows[1:]]
+    assert model(**side_by_side(other)).loss.item() != pytest.approx(total, rel=1e-4)
 
 
 def test_mistakes_are_counted_among_tagged_tokens_only(stories260k: Path) -> None:
     base = load_base(str(stories260k), dtype=torch.float32, device="cpu")
     tagger = Tagger(base.model, ("O", "B-x", "I-x"))
     tagger.head.bias.data[:] = torch.tensor([0.0, 1.0, 0.0])
-    rows = [Row((5, 6, 7, 8), (False, True, True, True), tags=(-1, 1, 0, 2)), Row((9, 9), (True, False), tags=(1, -1))]  # fmt: skip  # noqa: E501
+    rows = [
+        Row((5, 6, 7, 8), (False, True, True, True), tags=(-1, 1, 0, 2)),
+        Row((9, 9), (True, False), tags=(1, -1)),
+    ]
     loss, mistakes = tag_judge(tagger)(Batch.of(rows))
     assert mistakes == 2
     chances = torch.tensor([0.0, 1.0, 0.0]).double().exp()
@@ -207,27 +205,66 @@ def test_mistakes_are_counted_among_tagged_tokens_only(stories260k: Path) -> Non
     assert tag_loss(tagger)(Batch.of(rows)).item() == pytest.approx(loss)
 
 
-def test_a_tagger_learns_its_spans_and_goes_on_where_it_stopped(
-    stories260k: Path, tmp_path: Path
-) -> None:
-    def trained(directory: Path, epochs: int) -> tuple[Tagger, Renderer, list[float]]:
-        base = load_base(str(stories260k), dtype=torch.float32, device="cpu")
-        renderer = Renderer(base.tokenizer, "plain")
-        tagger = Tagger(base.model, labels_of(examples()))
-        rows = rows_of(renderer, *examples())
-        training = Training(epochs=epochs, batch_size=8, patience=0)
-        state = fit(
-            tagger, tag_loss(tagger), rows, rows, training,
-            learning_rate=4e-3, seed=0, judge=tag_judge(tagger), directory=directory,
-        )  # fmt: skip
-        return tagger, renderer, [point.validation_loss for point in state.curve]
+class StopError(Exception):
+    """What interrupts a training."""
 
-    tagger, renderer, losses = trained(tmp_path / "once", 14)
+
+class Counting(Silent):
+    """Counts steps, and interrupts after some."""
+
+    def __init__(self, most: int) -> None:
+        self.steps, self._most = 0, most
+
+    def advance(self, n: float = 1, **info: object) -> None:
+        self.steps += 1
+        if self.steps > self._most:
+            raise StopError
+
+
+@pytest.fixture
+def learn(
+    stories260k: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[Tagger, State]]:
+    """Train a tagger on `examples` in a directory that keeps a checkpoint of every step."""
+    monkeypatch.setattr("metier.training.sft._CHECKPOINT_SECONDS", 0.0)
+
+    def learned(directory: Path, epochs: int, **more: Any) -> tuple[Tagger, State]:
+        base = load_base(str(stories260k), dtype=torch.float32, device="cpu")
+        tagger = Tagger(base.model, labels_of(examples()))
+        rows = rows_of(Renderer(base.tokenizer, "plain"), *examples())
+        training = Training(epochs=epochs, batch_size=8, patience=0)
+        settings = {"learning_rate": 4e-3, "seed": 0, "judge": tag_judge(tagger), **more}
+        loss = tag_loss(tagger)
+        return tagger, fit(tagger, loss, rows, rows, training, directory=directory, **settings)
+
+    return learned
+
+
+def test_a_tagger_learns_its_spans(
+    stories260k: Path, tmp_path: Path, learn: Callable[..., tuple[Tagger, State]]
+) -> None:
+    tagger, state = learn(tmp_path, 14)
+    losses = [point["validation_loss"] for point in state.curve]
     assert losses[-1] < losses[0] / 3
-    answers = TagGenerator(tagger, renderer).generate([one.prompt for one in examples()])
+    generator = TagGenerator(tagger, renderer_of(stories260k))
+    answers = generator.generate([one.prompt for one in examples()])
     right = sum(
         json.loads(answer.text) == json.loads(one.answer)
         for answer, one in zip(answers, examples(), strict=True)
     )
     assert right >= 20
     assert not any(answer.completion_tokens for answer in answers)
+
+
+def test_an_interrupted_tagger_goes_on_where_it_stopped(
+    tmp_path: Path, learn: Callable[..., tuple[Tagger, State]]
+) -> None:
+    whole, state = learn(tmp_path / "whole", 2)
+    with pytest.raises(StopError):
+        learn(tmp_path / "halves", 2, progress=Counting(4))
+    rest = Counting(99)
+    halves, again = learn(tmp_path / "halves", 2, progress=rest)
+    assert again.step == state.step > rest.steps
+    expected = whole.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in halves.state_dict().items())
+    assert not torch.equal(whole.head.weight, torch.zeros_like(whole.head.weight))

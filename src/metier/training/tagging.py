@@ -83,9 +83,10 @@ class Tagging:
         tags = [NONE] * len(reading.ids)
         for unit, number in zip(reading.units, classes, strict=True):
             tags[unit.token] = number
-        self._spans += sum(map(len, named.values()))
+        spans = sum(map(len, named.values()))
+        self._spans += spans
         self._missing += found.missing
-        self._unsure += len(found.unsure)
+        self._unsure += spans - found.missing - len(found.spans)
         self._cut += cut
         self._unknown += sum(span.type not in self._types for span in found.spans)
         trained = tuple(tag != NONE for tag in tags)
