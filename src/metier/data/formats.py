@@ -95,6 +95,8 @@ def _detect(place: str, names: tuple[str, ...], columns: Columns, answers: bool)
     found = [fit for name in formats if (fit := _layout(name, names, columns, answers))]
     if found and found[0].format == "alpaca":
         return found[0]
+    if not answers:  # a text alone is a text, whatever is asked of it
+        found = [layout for layout in found if layout.format != "tags"] or found
     if len(found) == 1:
         return found[0]
     listed = ", ".join(names)
