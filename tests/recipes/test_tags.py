@@ -21,7 +21,7 @@ from metier.text import tags
 from metier.training.tagging import labels_of
 from tests.recipes.conftest import QUICK, write_task
 
-ARMS = ["prompt", "lora", "full/tags"]
+ARMS = ["prompt", "full/tags"]
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,6 @@ def test_all_arms_answer_the_same_task(run: Path) -> None:
     assert (arm.mode, arm.tuned, arm.forgetting) == ("tags", True, ())
     assert arm.metrics["valid_json"] == 1
     assert arm.completion_tokens == 0
-    assert arm.prompt_tokens > found["lora"].prompt_tokens
     details = json.loads((run / "details.json").read_text())
     curves = {one["arm"]: one["curves"][0] for one in details if one["curves"]}
     losses = [point["validation_loss"] for point in curves["full/tags"]]
