@@ -103,6 +103,15 @@ def test_what_cannot_be_tagged_is_told(stories260k: Path) -> None:
     assert prepare(given[1:2], renderer, Training(), None, ("place",)).notes == ()
 
 
+def test_a_row_that_teaches_nothing_is_left_out(stories260k: Path) -> None:
+    """It has no weight, so a step of such rows alone would divide by nothing."""
+    given = [example("Rome Rome", place=["Rome"]), example("in Oslo", place=["Oslo"])]
+    prepared = prepare(given, renderer_of(stories260k), Training(), None, ("place",))
+    assert prepared.examples == given[1:]
+    assert len(prepared.rows) == 1
+    assert prepared.notes[-1] == "1 training rows are left out: nothing in them can be learned"
+
+
 def test_answers_that_name_no_spans_are_refused() -> None:
     with pytest.raises(TrainingError, match="names no span in any answer"):
         types_of([example("x"), example("y", place=[])])

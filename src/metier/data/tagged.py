@@ -20,12 +20,14 @@ _REMEDY = (
 )
 
 
-def text_and_answer(place: str, columns: Sequence[str], source: Any, marked: Any) -> list[str]:
+def text_and_answer(
+    place: str, columns: Sequence[str], source: Any, marked: Any
+) -> tuple[str, str]:
     """The text of a row and its answer; of a row without marks, an empty one.
 
     Args:
         place: of the row.
-        columns: names of the columns of `source` and `marked`, the second may be missing.
+        columns: names of those of `source` and `marked`.
         source: a text, or its tokens, which are joined by blanks.
         marked: places of spans in a text, or a tag for each token; None: nothing is marked.
 
@@ -35,15 +37,15 @@ def text_and_answer(place: str, columns: Sequence[str], source: Any, marked: Any
     """
     if isinstance(source, str):
         if marked is None:
-            return [source, ""]
-        return [source, answer_of(source, _spans(place, columns[-1], source, marked))]
+            return source, ""
+        return source, answer_of(source, _spans(place, columns[1], source, marked))
     tokens = _texts(place, columns[0], source)
     if marked is None:
-        return [" ".join(tokens), ""]
-    tags = _texts(place, columns[-1], marked)
+        return " ".join(tokens), ""
+    tags = _texts(place, columns[1], marked)
     _check_tags(place, columns, tokens, tags)
     text, spans = of_tags(tokens, tags)
-    return [text, answer_of(text, spans)]
+    return text, answer_of(text, spans)
 
 
 def _texts(place: str, column: str, values: Any) -> list[str]:
@@ -65,7 +67,7 @@ def _check_tags(
     if len(tokens) != len(tags):
         raise DataError(
             place,
-            f"has {len(tokens):,} {columns[0]} and {len(tags):,} {columns[-1]}",
+            f"has {len(tokens):,} {columns[0]} and {len(tags):,} {columns[1]}",
             "write one tag for each token",
         )
     for number, (token, tag) in enumerate(zip(tokens, tags, strict=True), start=1):

@@ -73,10 +73,13 @@ class Tagging:
 
     def __init__(self, renderer: Renderer, types: Sequence[str]) -> None:
         self._renderer, self._types = renderer, types
-        self._spans = self._missing = self._unsure = self._cut = self._unknown = 0
+        self._spans = self._missing = self._unsure = self._cut = self._unknown = self._bare = 0
 
     def __call__(self, example: Example) -> list[Row]:
-        """The row of an example: what is read, and the class of each unit of its text."""
+        """The row of an example: what is read, and the class of each unit of its text.
+
+        None where no unit has a class.
+        """
         reading, named = read(self._renderer, example.prompt), _named(example)
         found = find(reading.text, named)
         classes, cut = classes_of(reading.units, found, self._types)
@@ -90,6 +93,9 @@ class Tagging:
         self._cut += cut
         self._unknown += sum(span.type not in self._types for span in found.spans)
         trained = tuple(tag != NONE for tag in tags)
+        if not any(trained):
+            self._bare += 1
+            return []
         return [Row(tuple(reading.ids), trained, tags=tuple(tags))]
 
     def notes(self, part: str) -> tuple[str, ...]:
@@ -102,11 +108,14 @@ class Tagging:
             "begin or end inside a token: the whole token is learned": self._cut,
             "have a type that no training example has: nothing is measured there": self._unknown,
         }
-        return tuple(
+        notes = [
             f"{count:,} of {self._spans:,} spans of the {part} part {words}"
             for words, count in told.items()
             if count
-        )
+        ]
+        if self._bare:
+            notes.append(f"{self._bare:,} {part} rows are left out: nothing in them can be learned")
+        return tuple(notes)
 
     @property
     def hopeless(self) -> bool:
