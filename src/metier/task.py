@@ -19,7 +19,14 @@ Turns = Literal["last", "all"]
 TemplateName = Literal["plain", "question-answer", "chat"]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Format = Literal[
-    "auto", "prompt-completion", "question-answer", "text-label", "messages", "alpaca", "sharegpt"
+    "auto",
+    "prompt-completion",
+    "question-answer",
+    "text-label",
+    "messages",
+    "alpaca",
+    "sharegpt",
+    "tags",
 ]
 
 
@@ -66,7 +73,9 @@ TUNINGS = {
 _RAG = "+rag"
 SIMPLER_METHODS = ("prompt", "few-shot", "rag", "classical")
 METHODS = (*SIMPLER_METHODS, "remote", *TUNINGS, *(name + _RAG for name in TUNINGS))
-MODES = ("text", "likelihood", "head")
+HEADS = ("head", "tags")
+"""Modes in which a layer of its own answers: such an arm writes no text."""
+MODES = ("text", "likelihood", *HEADS)
 
 
 class Columns(Config):
@@ -88,7 +97,8 @@ class Data(Config):
     """Where the examples are."""
 
     file: str | None = None
-    """One file that metier splits: JSONL, CSV, TSV, JSON or Parquet; may be compressed (.gz, .zst).
+    """One file that metier splits: JSONL, CSV, TSV, JSON, Parquet or CoNLL; may be compressed
+    (.gz, .zst).
     `builtin:NAME` reads a built-in data set."""
     train: str | None = None
     """Official training part, when the parts are files of their own."""
@@ -275,7 +285,12 @@ class Arm(Config):
     @property
     def may_forget(self) -> bool:
         """Whether learning its task could cost it what else it can say: a head says nothing."""
-        return self.tuned and self.mode != "head"
+        return self.tuned and not self.headed
+
+    @property
+    def headed(self) -> bool:
+        """Whether a layer of its own answers: a class of the input, or of each token."""
+        return self.mode in HEADS
 
     @property
     def name(self) -> str:
@@ -315,7 +330,8 @@ class Task(Config):
     arms: tuple[str, ...] = ()
     """Arms to compare: prompt, few-shot, rag, classical, remote; lora, rslora, dora, pissa, ia3,
     prompt-tuning, prefix-tuning, qlora, full, each also with retrieval, e.g. lora+rag. For a closed
-    label set also with a mode, e.g. prompt/likelihood or full/head. By default all simpler ones
+    label set also with a mode, e.g. prompt/likelihood or full/head; for spans of the input
+    lora/tags, full/tags and so on. By default all simpler ones
     that fit the kind, and lora."""
     split: Split = Split()
     """How the data is split."""
@@ -371,11 +387,13 @@ class Task(Config):
                 arm.method == "classical" or arm.mode in ("likelihood", "head")
             ):
                 raise ValueError(f"the arm '{arm.name}' needs kind: classification")
+            if arm.mode == "tags" and self.kind != "extraction":
+                raise ValueError(f"the arm '{arm.name}' needs kind: extraction")
             if arm.mode == "likelihood" and arm.method not in ("prompt", "few-shot", "rag"):
                 raise ValueError(
                     f"the arm '{arm.name}': likelihood goes with prompt, few-shot, rag"
                 )
-            if arm.mode == "head" and (not arm.tuned or arm.retrieves):
+            if arm.headed and (not arm.tuned or arm.retrieves):
                 heads = ", ".join(TUNINGS)
                 raise ValueError(f"the arm '{arm.name}': only {heads} can carry a head")
             if arm.method == "remote" and self.remote is None:

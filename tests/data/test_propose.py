@@ -279,8 +279,7 @@ TABLES = {
     "a label for a name": ("a.csv", "good film,1\nbad film,0\nbest film,1\ngone,1\n", "'1'"),
     "a word for a name": ("a.csv", "good film,pos\nbad,neg\nbest,pos\nfun,pos\n", "'pos'"),
     "a sentence for a name": ("a.tsv", f"{'so long ' * 9}\t{'or not ' * 9}\nold\tc\n", "'so long"),
-    "one token a line": ("a.tsv", "Paris\tB-place\nis\tO\n\nRome\tB-place\nis\tO\n", "CoNLL"),
-    "another extension": ("a.conll", "Paris\tB-place\n", "CoNLL"),
+    "one token a row": ("a.csv", "token,tag\nParis,B-place\nis,O\nRome,B-place\nis,O\n", "CoNLL"),
 }
 
 
@@ -504,8 +503,6 @@ UNREADABLE = {
     "bfcl/BFCL_v4_multiple.jsonl": "no column for the input",
     "lamini_docs/lamini_docs.jsonl.gz": "the output is empty in 1 of 1,400 rows",
     "codealpaca_2k/code_alpaca_2k.json": "the output is empty in 2 of 2,017 rows",
-    "wnut17/train.conll": "CoNLL",
-    "ncbi_disease/train.tsv": "CoNLL",
     "goemotions/train.tsv": "not like names of columns: '27'",
     "sst2/train.tsv": "not like names of columns",
 }

@@ -86,11 +86,12 @@ def verdict_of(
     margin: float = 0.02,
     clusters: object = None,
 ) -> Verdict:
-    """Decide between these arms; `commonest` of the expected answers are the same label."""
+    """Decide between these arms; of labels `commonest` are the same, of texts none are."""
     names = np.arange(examples) if clusters is None else clusters
     labels = () if kind != "classification" else tuple("abcdefghij")
-    rare = labels[1:] or ("text",)
-    expected = ["a" if i < commonest else rare[i % len(rare)] for i in range(examples)]
+    rare = labels[1:] or tuple(f"text {number}" for number in range(examples))
+    often = commonest if labels else 0
+    expected = ["a" if i < often else rare[i % len(rare)] for i in range(examples)]
     return decide(
         Task(name="task", kind=kind, data=Data(file="rows.jsonl"), margin=margin),
         arms,

@@ -45,7 +45,10 @@ def test_a_head_is_said_not_to_be_held_to_the_rule_on_forgetting():
         "; a head writes no text, so it is not held to the rule on forgetting."
     )
     assert "not held to the rule on forgetting" in found.reasons[0]
-    assert "a classification head is not held to this, since it cannot write text" in found.rule
+    assert (
+        "an arm that answers by a head is not held to this, since it cannot write text"
+        in found.rule
+    )
 
 
 @pytest.mark.parametrize(

@@ -148,9 +148,14 @@ def task(kind):
     return Task(name="task", kind=kind, data=Data(file="rows.jsonl"))
 
 
-def test_chance_is_the_commonest_label_or_guessing_and_nothing_for_text():
+def test_chance_is_the_commonest_answer_or_guessing_and_next_to_nothing_for_other_text():
     expected = ["a"] * 6 + ["b"] * 3 + ["c"]
     assert chance(task("classification"), expected, "abcdefghij").level == 0.6
     assert chance(task("classification"), expected, "abcdefghij").guessing == 0.1
     assert chance(task("classification"), ["a", "b", "c"], "ab").level == pytest.approx(1 / 3)
-    assert chance(task("extraction"), expected, ()).level == 0.02
+    spans = ["{}"] * 4 + [f'{{"place":["{place}"]}}' for place in ("Rome", "Oslo", "Bonn")]
+    found = chance(task("extraction"), spans, ())
+    assert (found.level, found.guessing) == (pytest.approx(4 / 7), 0.02)
+    assert found.words.replace("\xa0", " ") == "always giving the commonest answer (57.1 %)"
+    assert chance(task("extraction"), [str(number) for number in range(99)], ()).level == 0.02
+    assert chance(task("expansion"), [], ()).level == 0.02

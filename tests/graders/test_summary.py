@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
 import pytest
-from sklearn.metrics import accuracy_score, f1_score
+from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_support
 
 from metier.graders import LabelSet, load_grader, summarise
 
@@ -51,6 +52,48 @@ def test_extraction_metrics_are_means_of_parts(example):
             "exact": 1 / 3,
         }
     )
+
+
+def test_span_metrics_equal_sklearn_on_who_names_what(example):
+    """Oracle: one row of 0 and 1 for each span that the sentence or the answer has, numbered."""
+    rng = random.Random(5)
+    names = ["Ada", "Rome", "New  York", "Zoe\u0301"]
+
+    def drawn():
+        return {
+            kind: [rng.choice(names) for _ in range(rng.randint(1, 3))]
+            for kind in rng.sample(["person", "place"], rng.randint(0, 2))
+        }
+
+    rows = [(json.dumps(drawn()), json.dumps(drawn())) for _ in range(120)]
+    rows += [("no JSON", '{"place": ["Rome"]}'), ('["Rome"]', '{"place": ["Rome"]}'), ("{}", "{}")]
+    grader = load_grader("auto", "extraction", [gold for _, gold in rows], Path())
+    metrics = summarise("extraction", grader, graded(grader, example, rows))
+    answered, true = [], []
+    for output, gold in rows:
+        sets = []
+        for text in (output, gold):
+            counts, numbered = {}, set()
+            value = json.loads(text) if text.startswith("{") else {}
+            for kind, texts in value.items():
+                for one in texts:
+                    counts[kind, one] = counts.get((kind, one), 0) + 1
+                    numbered.add((kind, one, counts[kind, one]))
+            sets.append(numbered)
+        for span in sets[0] | sets[1]:
+            answered.append(span in sets[0])
+            true.append(span in sets[1])
+    scores = precision_recall_fscore_support(true, answered, average="binary")
+    found = [metrics[f"span_{name}"] for name in ("precision", "recall", "f1")]
+    assert found == pytest.approx(scores[:3])
+    assert 0.1 < found[2] < 0.9
+
+
+def test_other_answers_have_no_span_metrics(example):
+    grader = load_grader("fields", "extraction", [], Path())
+    for gold in ('{"a": 1}', '["a"]', "{}"):
+        rows = graded(grader, example, [('{"a": ["x"]}', gold)])
+        assert not any(name.startswith("span") for name in summarise("extraction", grader, rows))
 
 
 def test_nothing_graded_has_no_metrics():

@@ -206,7 +206,9 @@ def demo(
 
 @_command
 def init(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="JSONL, CSV, TSV, JSON, Parquet.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="JSONL, CSV, TSV, JSON, Parquet, CoNLL.")
+    ],
     out: Out = None,
     force: Annotated[bool, typer.Option(help="Write over an existing task.yaml.")] = False,
     as_json: Json = False,

@@ -1,4 +1,4 @@
-"""Data files as rows: JSONL, JSON, CSV, TSV and Parquet, plain or compressed.
+"""Data files as rows: JSONL, JSON, CSV, TSV, Parquet and CoNLL, plain or compressed.
 
 Every row carries its place (``file:line``). Whatever is wrong with a file ends in one `DataError`.
 """
@@ -18,6 +18,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from metier.data import conll
 from metier.errors import DataError
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 MAX_ROW = 10_000_000
 _MAX_DOCUMENT = 1_000_000_000
-_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", *conll.SUFFIXES)
 _COMPRESSIONS = (".gz", ".zst")
 _SUPPORTED = f"{', '.join(_SUFFIXES)}, each also as {' or '.join(_COMPRESSIONS)}"
 _SIGNATURES = {
@@ -178,6 +179,9 @@ def _reader(path: Path, suffix: str, handle: BinaryIO) -> Iterator[Row]:
         return _json_lines(path, lines)
     if suffix == ".json":
         return _json_list(path, lines)
+    lines, start = _peek(lines)
+    if suffix in conll.SUFFIXES or (suffix == ".tsv" and conll.is_tagged(start)):
+        return _sentences(path, lines)
     return _table(path, lines, "," if suffix == ".csv" else "\t")
 
 
@@ -349,6 +353,21 @@ def _document(path: Path, lines: Iterator[str]) -> str:
             raise _too_large(path)
         parts.append(text)
     return "".join(parts)
+
+
+def _peek(lines: Iterator[str]) -> tuple[Iterator[str], str]:
+    """The lines again, and the first that is not blank."""
+    seen: list[str] = []
+    for line in lines:
+        seen.append(line)
+        if line.strip():
+            break
+    return chain(seen, lines), seen[-1] if seen else ""
+
+
+def _sentences(path: Path, lines: Iterator[str]) -> Iterator[Row]:
+    for number, tokens, tags in conll.sentences(path, lines, MAX_ROW):
+        yield Row(f"{path}:{number}", {"tokens": tokens, "tags": tags})
 
 
 @contextmanager

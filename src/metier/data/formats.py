@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from metier.data.files import MAX_ROW, Row
+from metier.data.tagged import text_and_answer
 from metier.errors import DataError
 from metier.records import Message
 from metier.task import Columns, Format
@@ -24,6 +25,8 @@ _PAIRS: dict[Format, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 _ALPACA_OUTPUT = ("output", "response")
 _CONTEXTS = ("context", "passage")
+# Columns of texts whose spans are marked: by a tag for each token, or by their places.
+_MARKED = ((("tokens", "words"), ("tags", "ner_tags")), (("text", "sentence"), ("spans",)))
 _CHATS: dict[Format, str] = {"messages": "messages", "sharegpt": "conversations"}
 
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
@@ -88,10 +91,12 @@ def find_layout(row: Row, format: Format, columns: Columns, answers: bool = True
 def _detect(place: str, names: tuple[str, ...], columns: Columns, answers: bool) -> Layout:
     if columns.input and (columns.output or not answers):
         return Layout("prompt-completion", columns.input, columns.output or "")
-    formats: tuple[Format, ...] = ("messages", "sharegpt", "alpaca", *_PAIRS)
+    formats: tuple[Format, ...] = ("messages", "sharegpt", "alpaca", "tags", *_PAIRS)
     found = [fit for name in formats if (fit := _layout(name, names, columns, answers))]
     if found and found[0].format == "alpaca":
         return found[0]
+    if not answers:  # a text alone is a text, whatever is asked of it
+        found = [layout for layout in found if layout.format != "tags"] or found
     if len(found) == 1:
         return found[0]
     listed = ", ".join(names)
@@ -125,6 +130,8 @@ def _layout(
         if not instruction or not (output or not answers):
             return None
         return Layout(format, instruction, output, context)
+    if format == "tags":
+        return _marked(names, columns, answers)
     inputs, outputs = _PAIRS[format]
     source = columns.input or _first(inputs, names)
     target = columns.output or _first(outputs, names)
@@ -132,6 +139,16 @@ def _layout(
         return None
     asked = format == "question-answer" and not columns.input
     return Layout(format, source, target, _first(_CONTEXTS, names) if asked else "")
+
+
+def _marked(names: tuple[str, ...], columns: Columns, answers: bool) -> Layout | None:
+    """Tokens with their tags, or a text with its spans; of requests, either without the latter."""
+    for inputs, outputs in _MARKED:
+        source = columns.input or _first(inputs, names)
+        target = columns.output or _first(outputs, names)
+        if source and (target or not answers):
+            return Layout("tags", source, target)
+    return None
 
 
 def _first(wanted: Iterable[str], names: tuple[str, ...]) -> str:
@@ -164,11 +181,23 @@ def _unfit(
 ) -> DataError:
     if format in _CHATS:
         return missing_column(place, _CHATS[format], names, answers)
-    inputs, outputs = (("instruction",), _ALPACA_OUTPUT) if format == "alpaca" else _PAIRS[format]
+    inputs, outputs = _usual(format, names)
     lacking = inputs if not _first(inputs, names) else outputs
     error = missing_column(place, lacking[0], names, answers)
     other = " Or set data.columns" if answers else ""
     return DataError(place, f"{error.cause} (format {format})", error.remedy + other)
+
+
+def _usual(
+    format: Format,  # noqa: A002
+    names: tuple[str, ...],
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The usual names of the input and the output of a format of pairs."""
+    if format == "alpaca":
+        return ("instruction",), _ALPACA_OUTPUT
+    if format == "tags":
+        return next((pair for pair in _MARKED if _first(pair[0], names)), _MARKED[0])
+    return _PAIRS[format]
 
 
 def messages_of(row: Row, layout: Layout, answers: bool = True) -> tuple[Message, ...]:
@@ -182,6 +211,8 @@ def messages_of(row: Row, layout: Layout, answers: bool = True) -> tuple[Message
             raise missing_column(row.place, column, row.values, answers)
     if layout.format in _CHATS:
         return _chat(row, layout, answers)
+    if layout.format == "tags":
+        row = _as_text(row, layout)
     prompt = text_of(row.values[layout.input], row.place, layout.input)
     context = row.values.get(layout.context) if layout.context else None
     if context is not None and (more := text_of(context, row.place, layout.context)).strip():
@@ -191,6 +222,14 @@ def messages_of(row: Row, layout: Layout, answers: bool = True) -> tuple[Message
         _refuse_empty(prompt, row.place, layout.input, "input")
         _refuse_empty(answer, row.place, layout.output, "output")
     return ({"role": "user", "content": prompt}, {"role": "assistant", "content": answer})
+
+
+def _as_text(row: Row, layout: Layout) -> Row:
+    """A row of marked spans with its text, and the answer that names them where it must."""
+    marked = row.values[layout.output] if layout.output else None
+    columns = (layout.input, layout.output)
+    text, answer = text_and_answer(row.place, columns, row.values[layout.input], marked)
+    return Row(row.place, {layout.output: answer, layout.input: text})
 
 
 def _refuse_empty(text: str, place: str, column: str, what: str) -> None:

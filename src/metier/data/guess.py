@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from metier.data.conll import TAG
 from metier.data.files import Row
 from metier.data.formats import Layout, find_layout
 from metier.errors import DataError
@@ -27,8 +28,6 @@ _OUTPUT_NAMES = (
     "reference", "ref", "stars", "rating", "polarity", "emotion", "priority", "department",
     "tag", "grade", "score",
 )  # fmt: skip
-TAGGED = (".conll", ".conllu", ".bio", ".iob")
-_TAG = re.compile(r"O|[BIESLU]-\S+")
 
 
 def guess_layout(path: Path, rows: Sequence[Row]) -> tuple[Layout, bool]:
@@ -130,8 +129,13 @@ def _refuse_other_tables(path: Path, rows: Sequence[Row]) -> None:
     """Refuse a table with one token a line, or without names of columns."""
     columns = {name: Counter(str(row.values.get(name)) for row in rows) for name in rows[0].values}
     for values in columns.values():
-        if all(map(_TAG.fullmatch, values)) and "O" in values and len(values) > 1:
-            raise tagged_error(path)
+        if all(map(TAG.fullmatch, values)) and "O" in values and len(values) > 1:
+            raise DataError(
+                str(path),
+                "holds one token and its tag a row, and nothing says where a sentence ends",
+                "save it in CoNLL's form (.conll): a token, a tab and its tag in each line, and a "
+                "blank line between sentences",
+            )
     sentences = all(len(name) > 60 for name in columns)
     for name, values in columns.items():
         repeated = bool(name) and values[name] > 1
@@ -146,16 +150,6 @@ def _refuse_other_tables(path: Path, rows: Sequence[Row]) -> None:
 
 def _is_table(path: Path) -> bool:
     return bool({".csv", ".tsv"} & {suffix.lower() for suffix in path.suffixes})
-
-
-def tagged_error(path: Path) -> DataError:
-    """The error for a file in CoNLL's form."""
-    return DataError(
-        str(path),
-        "holds one token and its tag a line (CoNLL); metier reads one example a row",
-        'join each sentence to a row such as {"text": "...", "entities": [{"type": "...", '
-        '"text": "..."}]} in a .jsonl file',
-    )
 
 
 def refuse_empty(rows: Sequence[Row], layout: Layout) -> None:
@@ -182,7 +176,7 @@ def _blank(value: Any) -> bool:
 
 def pair_of(layout: Layout) -> Columns:
     """Input and output, where these two columns say everything."""
-    if not layout.output or layout.context or layout.format == "alpaca":
+    if not layout.output or layout.context or layout.format in ("alpaca", "tags"):
         return _NONE
     return Columns(input=layout.input, output=layout.output)
 

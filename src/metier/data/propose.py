@@ -33,6 +33,10 @@ _NEARLY_ALL = 0.9
 _DIFFERING = 0.2
 # Standard errors by which a gain must pass the margin: 1.96 for the bound, 0.84 for 4 runs of 5.
 _POWER = 2.8
+_TAGGING = ("prompt", "few-shot", "rag", "lora", "lora/tags")
+_ABOUT_TAGGING = (
+    "lora writes the answer, lora/tags marks it in the text: compare them (docs/tags.md).",
+)
 _WORDING: dict[Kind, dict[str, str]] = {
     "classification": {
         "good": "The one label that fits the input, spelled exactly as in the list of labels.",
@@ -68,8 +72,6 @@ def propose(path: Path, task_dir: Path | None = None) -> str:
         DataError: the file cannot be read, or its columns cannot be guessed.
 
     """
-    if path.suffix.lower() in guess.TAGGED:
-        raise guess.tagged_error(path)
     rows = list(read_rows(path))
     layout, sure = guess.guess_layout(path, rows)
     guess.refuse_empty(rows, layout)
@@ -87,6 +89,8 @@ def propose(path: Path, task_dir: Path | None = None) -> str:
     about = [*_about_data(rows, layout, columns, sure), *_about_parts(parts), *refused]
     text.add("data", {**parts, **_data(layout, columns)}, *about)
     _add_words(text, kind, [*examples, *chain.from_iterable(held.values())])
+    if layout.format == "tags":
+        text.add("arms", list(_TAGGING), *_ABOUT_TAGGING)
     _add_arms(text, kind, examples)
     _add_limits(text, kind, examples, held)
     task = Task.parse(text.values, f"proposal for {path}")

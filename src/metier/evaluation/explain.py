@@ -36,7 +36,7 @@ def rule(margin: float) -> str:
         "may have chosen a wrong reference), and it scores above answers without any "
         "understanding, such as always the commonest label. Third, for every ability "
         "measured before and after tuning, the upper end of the 95 % interval of the loss lies "
-        "within the tolerance; an arm with a classification head is not held to this, since it "
+        "within the tolerance; an arm that answers by a head is not held to this, since it "
         "cannot write text. Of several such arms the best on validation is shipped; if there "
         "is none, use the reference, and if that does no better than answers without any "
         "understanding, nothing yet. An arm that asks a remote model is compared and reported, "
@@ -89,7 +89,7 @@ def _nothing(outcome: Outcome) -> str:
 
 
 def _kept(each: Compared) -> str:
-    if each.measured.arm.mode == "head":
+    if each.measured.arm.headed:
         return "; a head writes no text, so it is not held to the rule on forgetting"
     if not each.measured.forgetting:
         return "; what it forgot was not measured"

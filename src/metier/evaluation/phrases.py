@@ -135,7 +135,7 @@ def listed(names: Iterable[str]) -> str:
 
 def unmeasured(each: Compared) -> str:
     """Why nothing is said of what a tuned arm forgot."""
-    return _HEAD if each.measured.arm.mode == "head" else _UNMEASURED
+    return _HEAD if each.measured.arm.headed else _UNMEASURED
 
 
 def loss_of(part: Forgotten, value: float) -> str:

@@ -65,7 +65,8 @@ class ArmResult(Config):
     method: str
     """prompt, few-shot, rag, classical, remote, or a way of tuning such as lora or lora+rag."""
     mode: str
-    """How it answers: text, likelihood (labels scored) or head (classification head)."""
+    """How it answers: text, likelihood (labels scored), head (classification head) or tags (a class
+    for each token)."""
     base: str
     """The base, where several are compared."""
     tuned: bool

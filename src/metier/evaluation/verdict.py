@@ -29,6 +29,8 @@ from metier.task import Task
 
 _NEAR_ZERO = 0.02
 """A mean score up to this, where there are no labels to guess from, is as good as nothing."""
+_OFTEN = 0.1
+"""Share from which a text, such as an empty list, may be given as an answer without reading."""
 
 
 def decide(
@@ -99,10 +101,13 @@ def _best(arms: Iterable[Compared]) -> Compared | None:
 
 def chance(task: Task, expected: Sequence[str], labels: Sequence[str]) -> Chance:
     """What answers without understanding would score on the test part."""
+    commonest = Counter(expected).most_common(1)[0][1] / len(expected) if expected else 0.0
     if task.kind != "classification" or not expected:
         level = _NEAR_ZERO
+        if commonest >= _OFTEN:
+            words = f"always giving the commonest answer ({percent(commonest)})"
+            return Chance(commonest, words, level)
         return Chance(level, f"giving no useful answer ({percent(level)} or less)", level)
-    commonest = Counter(expected).most_common(1)[0][1] / len(expected)
     choices = max(len(labels), len(set(expected)))
     guessing = 1 / choices
     if guessing > commonest:

@@ -7,6 +7,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from metier.text.spans import as_entities
+
 _FENCE = re.compile(r"```[a-zA-Z]*[ \t]*\n(.*?)\n?[ \t]*```", re.DOTALL)
 _MOST_KEYS = 20
 
@@ -43,15 +45,22 @@ def ask_for_keys(answers: Sequence[str]) -> str:
 
     Empty unless all answers are JSON objects, with 1 to 20 different keys among them.
     """
-    keys: dict[str, None] = {}
+    values = []
     for answer in answers:
         try:
-            value = parse(answer)
+            values.append(parse(answer))
         except NotJson:
             return ""
-        if not isinstance(value, dict):
+        if not isinstance(values[-1], dict):
             return ""
-        keys.update(dict.fromkeys(value))
+    keys = dict.fromkeys(key for value in values for key in value)
     if not 0 < len(keys) <= _MOST_KEYS:
         return ""
-    return f"Answer with a JSON object that has these keys: {', '.join(keys)}."
+    names = ", ".join(keys)
+    spans = all(as_entities(value) is not None for value in values)
+    if spans and any(len(value) < len(keys) for value in values):
+        return (
+            "Answer with a JSON object that lists, word for word, what the text names of these: "
+            f"{names}. Leave out those it does not name; write {{}} where it names none."
+        )
+    return f"Answer with a JSON object that has these keys: {names}."

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from metier.graders.base import Grader
+from metier.graders.json_text import NotJson, parse
 from metier.graders.wording import case_is_meaningless, normalise
 from metier.records import Example, Score
 from metier.task import Kind
+from metier.text.spans import as_entities
 
 
 class LabelSet:
@@ -40,7 +42,10 @@ def summarise(
       over examples.
     - classification: accuracy; macro_f1, the unweighted mean of F1 over the labels that some
       example has; invalid_answers, the share of outputs that are no label.
-    - other kinds: exact, the share of outputs that equal the expected ones.
+    - other kinds: exact, the share of outputs that equal the expected ones. Where these name spans
+      (`text.spans`): span_precision, span_recall and span_f1 over the spans of all examples, as
+      CoNLL's evaluation has them (Tjong Kim Sang and De Meulder 2003), but told apart by their
+      type and words rather than by their place.
 
     Args:
         kind: kind of the task.
@@ -58,7 +63,36 @@ def summarise(
     if kind == "classification":
         return metrics | _classification(pairs, labels)
     exact = [normalise(output) == normalise(example.answer) for output, example, _ in pairs]
-    return metrics | {"exact": fmean(exact)}
+    return metrics | {"exact": fmean(exact)} | _spans(pairs)
+
+
+def _spans(pairs: Sequence[tuple[str, Example, Score]]) -> dict[str, float]:
+    """Precision, recall and F1 over all spans; nothing where answers name none."""
+    wanted = answered = right = 0
+    for output, example, _ in pairs:
+        spans, found = _named(example.answer), _named(output) or Counter()
+        if spans is None:
+            return {}
+        wanted, answered = wanted + spans.total(), answered + found.total()
+        right += (found & spans).total()
+    if not wanted:
+        return {}
+    return {
+        "span_precision": right / answered if answered else 0.0,
+        "span_recall": right / wanted,
+        "span_f1": 2 * right / (answered + wanted),
+    }
+
+
+def _named(answer: str) -> Counter[tuple[str, str]] | None:
+    """The spans that an answer names, by type and words; None where it has another form."""
+    try:
+        entities = as_entities(parse(answer))
+    except NotJson:
+        return None
+    if entities is None:
+        return None
+    return Counter((kind, normalise(text)) for kind, texts in entities.items() for text in texts)
 
 
 def _classification(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -25,6 +25,20 @@ if TYPE_CHECKING:
 _WEIGHTS = "head.safetensors"
 _LABELS = "labels.json"
 _BATCH_TOKENS = 8192
+
+
+class Headed(Protocol):
+    """A language model with a head that knows names for its logits."""
+
+    labels: tuple[str, ...]
+    head: nn.Linear
+
+    def eval(self) -> Self:
+        """Turn dropout off."""
+        ...
+
+
+H = TypeVar("H", bound=Headed)
 
 
 class Classifier(nn.Module):
@@ -97,26 +111,31 @@ class HeadGenerator:
         return torch.softmax(self._classifier(ids, [len(prompt) for prompt in prompts]), dim=-1)
 
 
-def save_head(classifier: Classifier, directory: Path) -> None:
+def save_head(headed: Headed, directory: Path) -> None:
     """Write the head and its labels beside the adapter or model."""
-    state = {
-        name: t.detach().cpu().contiguous() for name, t in classifier.head.state_dict().items()
-    }
+    state = {name: t.detach().cpu().contiguous() for name, t in headed.head.state_dict().items()}
     save_file(state, directory / _WEIGHTS)
-    (directory / _LABELS).write_text(json.dumps(classifier.labels, ensure_ascii=False))
+    (directory / _LABELS).write_text(json.dumps(headed.labels, ensure_ascii=False))
 
 
 def load_head(model: PreTrainedModel | PeftModel, directory: Path) -> Classifier:
-    """Put a saved head on a model.
+    """Put a saved classification head on a model; see `with_head`."""
+    return with_head(Classifier, model, directory)
+
+
+def with_head(
+    kind: Callable[[Any, Sequence[str]], H], model: PreTrainedModel | PeftModel, directory: Path
+) -> H:
+    """Put a saved head of some kind on a model.
 
     Raises:
         ModelError: the head is missing or does not fit the model.
 
     """
     try:
-        classifier = Classifier(model, json.loads((directory / _LABELS).read_text()))
-        classifier.head.load_state_dict(load_file(directory / _WEIGHTS))
+        headed = kind(model, json.loads((directory / _LABELS).read_text()))
+        headed.head.load_state_dict(load_file(directory / _WEIGHTS))
     except (OSError, ValueError, RuntimeError) as error:
-        cause = f"has no classification head that fits ({str(error).splitlines()[0]})"
+        cause = f"has no head that fits ({str(error).splitlines()[0]})"
         raise ModelError(str(directory), cause, "train the arm again") from None
-    return classifier.eval()
+    return headed.eval()

@@ -140,7 +140,11 @@ def _check_arm(arm: Arm) -> None:
     """Refuse an arm that is more or less than one model that writes."""
     reason = _INSTEAD.get(arm.method)
     if arm.mode != "text":
-        reason = "chooses among labels instead of writing"
+        reason = (
+            "tags its input instead of writing"
+            if arm.mode == "tags"
+            else "chooses among labels instead of writing"
+        )
     if reason:
         raise ExportError(
             f"arm '{arm.name}'",

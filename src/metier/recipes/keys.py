@@ -107,7 +107,7 @@ class Keys:
         """
         unread = {"seeds", "shard"} | {field for one in TUNINGS.values() for field in one.reads}
         unread -= arm.tuning.reads if arm.tuning else frozenset()
-        if arm.mode == "head":
+        if arm.headed:
             unread.add("rehearsal")
         training = self._bench.task.training.model_dump(mode="json", exclude=unread)
         for field in ("layers", "added_tokens"):

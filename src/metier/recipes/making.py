@@ -23,16 +23,18 @@ from metier.model.adapters import add_adapter, load_adapter, unfreeze
 from metier.model.backbone import context_of
 from metier.model.device import choose_device, compute_dtype
 from metier.model.generate import Engine
-from metier.model.head import HeadGenerator, load_head
+from metier.model.head import HeadGenerator, load_head, with_head
 from metier.model.load import Base, base_hash, load_base
 from metier.model.prelude import virtual_tokens
+from metier.model.tagger import TagGenerator, Tagger
 from metier.model.vocabulary import add_tokens, with_tokens_of
 from metier.progress import Progress
 from metier.recipes.workbench import Workbench
 from metier.records import Chat, Completion, Example, Generator
 from metier.task import Arm
+from metier.text import tags
 from metier.text.template import Renderer
-from metier.training import preflight
+from metier.training import preflight, tagging
 from metier.training.preflight import Prepared
 
 CHOOSE_ON = 40
@@ -107,6 +109,11 @@ def build(bench: Workbench, arm: Arm, directory: Path) -> Built:
     if not arm.tuned:
         _check_base(bench, arm, directory, about.get("base", ""))
     engine = load_engine(bench, arm, directory if arm.tuned else None)
+    if arm.mode == "tags":
+        generator = TagGenerator(with_head(Tagger, engine.model, directory), engine.renderer)
+        most = engine.context or math.inf
+        within = WithinContext(generator, lambda chat: generator.tokens(chat) <= most)
+        return Built(within, None, within.notes, within.count)
     if arm.mode == "head":
         classifier = load_head(engine.model, directory)
         return dataclasses.replace(
@@ -212,8 +219,10 @@ def longest_row(bench: Workbench, engine: arms.Reader) -> int:
     limit = preflight.longest(bench.task.training, engine.context)
     if any(arm.tuned and arm.retrieves for arm in bench.task.chosen_arms()):
         return limit  # it is filled with what is looked up
-    rows = (engine.renderer.example(row.messages).ids for row in bench.parts.train)
-    return max((len(ids) for ids in rows if len(ids) <= limit), default=limit)
+    lengths = [len(engine.renderer.example(row.messages).ids) for row in bench.parts.train]
+    if any(arm.mode == "tags" for arm in bench.task.chosen_arms()):
+        lengths += [len(tags.read(engine.renderer, row.prompt).ids) for row in bench.parts.train]
+    return max((length for length in lengths if length <= limit), default=limit)
 
 
 def check_room(bench: Workbench, engine: arms.Reader) -> None:
@@ -301,6 +310,8 @@ def prepare(bench: Workbench, arm: Arm, engine: arms.Reader) -> tuple[Prepared, 
         TrainingError: a row could not be learned from, or its answer never be written.
 
     """
+    if arm.mode == "tags":
+        return _tagged(bench, engine)
     compose = composer(bench, arm, room(bench, arm, engine), "")
     training = bench.task.training
     if arm.mode == "head":  # the label is that of the whole conversation
@@ -318,6 +329,15 @@ def prepare(bench: Workbench, arm: Arm, engine: arms.Reader) -> tuple[Prepared, 
     if arm.mode == "text":
         check_answers(bench, engine)
     return rows
+
+
+def _tagged(bench: Workbench, engine: arms.Reader) -> tuple[Prepared, Prepared]:
+    parts, types = bench.parts, tagging.types_of(bench.parts.train)
+    more = engine.renderer, bench.task.training, engine.context, types
+    return (
+        tagging.prepare(parts.train, *more, "training"),
+        tagging.prepare(parts.validation, *more, "validation"),
+    )
 
 
 def check_answers(bench: Workbench, engine: arms.Reader) -> None:

@@ -31,6 +31,7 @@ from metier.progress import Progress
 from metier.recipes import making
 from metier.recipes.workbench import Workbench
 from metier.task import Arm, Task
+from metier.text import tags
 from metier.text.template import Renderer
 from metier.training import classify, rehearsal, sft
 from metier.training.batches import Batch, Row
@@ -311,6 +312,9 @@ class _Base:
         read = sum(len(engine.renderer.prompt(chat)) for chat, _ in chats) / len(rows)
         if arm.mode == "head":  # the label is a class, not text
             return Request(read, 0)
+        if arm.mode == "tags":  # the text is read once more, and nothing written
+            readings = [tags.read(engine.renderer, row.prompt) for row in rows]
+            return Request(sum(len(reading.ids) for reading in readings) / len(rows), 0)
         if arm.mode == "likelihood":  # reads every label behind the prompt
             encode = engine.renderer.tokenizer.encode
             return Request(read + sum(len(encode(label)) + 1 for label in bench.labels), 0)

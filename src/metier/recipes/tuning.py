@@ -15,12 +15,13 @@ from metier.model.device import compute_dtype
 from metier.model.head import Classifier, save_head
 from metier.model.load import Base
 from metier.model.memory import PeakMemory
+from metier.model.tagger import Tagger
 from metier.model.world import World, gathered, shard
 from metier.progress import Progress
 from metier.recipes import making
 from metier.recipes.workbench import Workbench
 from metier.task import Arm, Training
-from metier.training import classify, preflight, rehearsal, sft
+from metier.training import classify, preflight, rehearsal, sft, tagging
 from metier.training.loop import State
 from metier.training.scoring import Scorer
 
@@ -93,7 +94,7 @@ def tune(
             progress.say(f"note: {note}")
         if in_parts:
             shard(base.model, world)
-        model = Classifier(tuned, bench.labels) if arm.mode == "head" else tuned
+        model = _with_head(bench, arm, tuned)
         progress.stage(f"train {arm.name}, seed {seed}", _steps(bench, arm, rows[0]))
         settings = {"seed": seed, "world": world, "progress": progress}
         state = _fit(bench, arm, model, rows, rehearsed, scratch, settings)
@@ -103,7 +104,7 @@ def tune(
         return
     if in_parts:
         base, tuned = making.load_trainable(bench, arm, seed, "cpu")
-        model = Classifier(tuned, bench.labels) if arm.mode == "head" else tuned
+        model = _with_head(bench, arm, tuned)
         model.load_state_dict(found, strict=False)
     _write(arm, base, model, directory)
     shutil.copyfile(scratch / "log.jsonl", directory / "log.jsonl")
@@ -131,6 +132,13 @@ def notes(trainings: Sequence[Facts]) -> list[str]:
     return found
 
 
+def _with_head(bench: Workbench, arm: Arm, tuned: Any) -> Any:
+    """The model that is trained, with the head of its arm if that has one."""
+    if arm.mode == "tags":
+        return Tagger(tuned, tagging.labels_of(bench.parts.train))
+    return Classifier(tuned, bench.labels) if arm.mode == "head" else tuned
+
+
 def _steps(bench: Workbench, arm: Arm, rows: preflight.Prepared) -> int:
     training = bench.task.training
     passes = training.epochs + (classify.READING_PASSES if arm.mode == "head" else 0)
@@ -150,12 +158,15 @@ def _fit(
     assert tuning is not None  # noqa: S101  the arm is a tuned one
     if not tuning.decays:
         training = training.model_copy(update={"weight_decay": 0.0})
-    tuned = model.model if arm.mode == "head" else model
+    tuned = model.model if arm.headed else model
     rate = sft.default_learning_rate(tuned, tuning)
     settings["learning_rate"] = training.learning_rate or rate
     if arm.mode == "head":
         return _fit_head(model, bench.labels, training, rows, scratch, settings)
     train, held = (p.rows for p in rows)
+    if arm.mode == "tags":
+        loss, settings["judge"] = tagging.tag_loss(model), tagging.tag_judge(model)
+        return sft.fit(model, loss, train, held, training, directory=scratch, **settings)
     score = Scorer(model)
     if rehearsed:
         weight = training.rehearsal
@@ -193,14 +204,14 @@ def _fit_head(
 
 def _write(arm: Arm, base: Base, model: Any, directory: Path) -> None:
     making.write_about(directory, arm, "")
-    tuned = model.model if arm.mode == "head" else model
+    tuned = model.model if arm.headed else model
     if arm.tuning and not arm.tuning.adapter:
         # In what the device computes in, as it is loaded again: what is served was trained so.
         tuned.to(compute_dtype(tuned.device)).save_pretrained(directory)
         base.tokenizer.save(directory)
     else:
         save_adapter(tuned, directory, base)
-    if arm.mode == "head":
+    if arm.headed:
         save_head(model, directory)
 
 

@@ -126,6 +126,10 @@ def open_workbench(task: Task, base_dir: Path) -> Workbench:
         removed_passages={f"passage-with-{k}": len(v) for k, v in overlap.items()},
     )
     _ = bench.grader  # what is wrong with it is refused before any work
+    if any(arm.mode == "tags" for arm in task.chosen_arms()):
+        from metier.training import tagging
+
+        tagging.types_of([*parts.train, *parts.validation])
     if any(arm.tuned for arm in task.chosen_arms()):
         _ = bench.material
     return bench

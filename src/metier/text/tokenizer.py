@@ -159,7 +159,14 @@ class Tokenizer:
         """Ids of a text without those of control tokens."""
         if self._control_ids.isdisjoint(ids):
             return ids
-        # The vocabulary itself holds a control string (Unigram, WordLevel): cut through it.
+        middle = self._inside_control(text)
+        return self.encode(text[:middle], after) + self.encode(text[middle:], "text")
+
+    def _inside_control(self, text: str) -> int:
+        """Where to cut a text that is encoded as a control token.
+
+        The vocabulary itself holds its string (Unigram, WordLevel): the cut goes through it.
+        """
         if len(text) < 2:
             raise DataError(
                 f"tokenizer {self.name}",
@@ -167,8 +174,29 @@ class Tokenizer:
                 "remove the character, or choose another base",
             )
         found = self.control_pattern.search(text)
-        middle = found.start() + 1 if found else len(text) // 2
-        return self.encode(text[:middle], after) + self.encode(text[middle:], "text")
+        return found.start() + 1 if found else len(text) // 2
+
+    def locate(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """`encode` of a text that goes on another, and the characters that each id stands for.
+
+        Returns:
+            the ids, and of each its first character and its end. They are as the tokenizer has
+            them: white space before a word may belong to it, and all ids of a character that
+            takes several stand for the whole of it.
+
+        """
+        lead = "\n" if self._marks_start else ""
+        found = self._encoding(lead + text)
+        if lead and found.ids[: len(self._newline)] != self._newline:
+            lead, found = "", self._encoding(text)
+        first = len(self._newline) if lead else 0
+        ids = list(found.ids[first:])
+        if self._control_ids.isdisjoint(ids):
+            return ids, [(a - len(lead), b - len(lead)) for a, b in found.offsets[first:]]
+        middle = self._inside_control(text)
+        ids, offsets = self.locate(text[:middle])
+        behind, others = self.locate(text[middle:])
+        return ids + behind, offsets + [(a + middle, b + middle) for a, b in others]
 
     def _encode_after(self, text: str, after: After) -> list[int]:
         if after == "control":
@@ -185,8 +213,11 @@ class Tokenizer:
         return self._raw(text)
 
     def _raw(self, text: str) -> list[int]:
+        return list(self._encoding(text).ids)
+
+    def _encoding(self, text: str) -> tokenizers.Encoding:
         try:
-            return list(self._plain.encode(text, add_special_tokens=False).ids)
+            return self._plain.encode(text, add_special_tokens=False)
         except (TypeError, UnicodeEncodeError):
             raise DataError(
                 "text", "is not valid Unicode (a lone surrogate)", "save the data as UTF-8 anew"

@@ -21,18 +21,20 @@ _NONE = -1
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One training example as ids, at least two of them unless it has a label.
+    """One training example as ids, at least two of them unless it has a label or tags.
 
     Attributes:
         ids: shape (length,).
         trained: which ids the loss looks at.
         label: class for a classification head, else -1.
+        tags: class of each id for a tagging head, -1 where it has none; else empty.
 
     """
 
     ids: tuple[int, ...]
     trained: tuple[bool, ...]
     label: int = -1
+    tags: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, rendered: Rendered) -> Row:
@@ -45,11 +47,12 @@ class Batch:
     """Rows one behind the other, longest first.
 
     Attributes:
-        ids: what is read, shape (tokens,): of a labelled row all, else all but its last token.
+        ids: what is read, shape (tokens,): of a labelled or tagged row all, else all but its last
+            token.
         lengths: tokens that are read of each row.
-        targets: the next token where it is trained, else -1; shape (tokens,).
+        targets: the next token where it is trained, or the tag, else -1; shape (tokens,).
         labels: of the rows, shape (rows,).
-        weight: trained tokens, or rows where a head is trained.
+        weight: trained tokens or tags, or rows where they have a label.
         tokens: of the rows, for speed figures.
 
     """
@@ -63,7 +66,7 @@ class Batch:
 
     @classmethod
     def of(cls, rows: Sequence[Row]) -> Batch:
-        """Batch of rows that are sorted, longest first: all with a label, or none."""
+        """Batch of rows that are sorted, longest first, and all of one kind."""
         read = [_read(row) for row in rows]
         targets = torch.tensor([target for _, found in read for target in found])
         labels = torch.tensor([row.label for row in rows])
@@ -87,9 +90,11 @@ class Batch:
 
 
 def _read(row: Row) -> tuple[Sequence[int], Sequence[int]]:
-    """What is read of a row, and what is to follow each of its tokens."""
+    """What is read of a row, and what each of its tokens is to tell."""
     if row.label >= 0:
         return row.ids, [_NONE] * len(row.ids)
+    if row.tags:
+        return row.ids, row.tags
     following = zip(row.ids[1:], row.trained[1:], strict=True)
     return row.ids[:-1], [token if trained else _NONE for token, trained in following]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from metier.errors import MetierError, TrainingError
@@ -49,6 +49,7 @@ def prepare(
     training: Training,
     limit: int | None,
     part: str = "training",
+    to_rows: Callable[[Example], list[Row]] | None = None,
 ) -> Prepared:
     """Render examples and refuse what would fail in silence.
 
@@ -58,6 +59,7 @@ def prepare(
         training: for `max_length`, `too_long` and `turns`.
         limit: longest input of the base in tokens, if it names one.
         part: name of the part, for messages.
+        to_rows: makes the rows of an example where it is not its answers that are learned.
 
     Raises:
         TrainingError: a row has no trained token, does not train its stop token, or is too long;
@@ -66,7 +68,8 @@ def prepare(
     """
     notes = (*_of_template(renderer), *_of_markup(examples, renderer, part))
     most = longest(training, limit)
-    found = [(row, e) for e in examples for row in render(e, renderer, training.turns)]
+    make = to_rows or (lambda example: render(example, renderer, training.turns))
+    found = [(row, e) for e in examples for row in make(e)]
     for row, example in found:
         if len(row.ids) > most and training.too_long != "drop":
             raise _too_long(example, len(row.ids), most)
