@@ -1,4 +1,4 @@
-"""A classification head on a language model: one probability for each label of a closed set."""
+"""A classification head: one probability for each label of a closed set."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from metier.errors import ModelError
 from metier.model.backbone import hidden_states, inner
+from metier.model.encoder import is_encoder
 from metier.records import Chat, Completion
 
 if TYPE_CHECKING:
@@ -28,13 +29,16 @@ _BATCH_TOKENS = 8192
 
 
 class Classifier(nn.Module):
-    """A language model with a linear head over its pooled hidden states.
+    """A language model or an encoder with a linear head over its pooled hidden states.
 
-    The head sees the mean over the prompt and its last token, side by side. It starts at zero,
-    so training starts from equal probabilities.
+    Of a language model the head sees the mean over the prompt and its last token, side by side: no
+    other token has read all of it. Of an encoder it sees the mean over all tokens, its special
+    ones included: each has read the whole text, and the first of them says little where the
+    encoder was not taught to gather a text there (Reimers and Gurevych 2019, arXiv 1908.10084).
+    The head starts at zero, so training starts from equal probabilities.
 
     Args:
-        model: a causal language model, with or without an adapter.
+        model: with or without an adapter.
         labels: the closed label set, in the order of the logits.
 
     """
@@ -43,8 +47,10 @@ class Classifier(nn.Module):
         super().__init__()
         self.model = model
         self.labels = tuple(labels)
-        width = inner(model).config.get_text_config().hidden_size
-        self.head = nn.Linear(2 * width, len(self.labels)).to(model.device)
+        config = inner(model).config
+        self._pool = _mean if is_encoder(config) else _mean_and_last
+        pooled = (1 if is_encoder(config) else 2) * config.get_text_config().hidden_size
+        self.head = nn.Linear(pooled, len(self.labels)).to(model.device)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
@@ -61,9 +67,17 @@ class Classifier(nn.Module):
     def logits(self, hidden: Tensor, lengths: Sequence[int]) -> Tensor:
         """Logits from final hidden states, shape (tokens, hidden)."""
         rows = torch.split(hidden.to(self.head.weight.dtype), list(lengths))
-        pooled = [torch.cat((row.mean(0), row[-1])) for row in rows]
-        found: Tensor = self.head(torch.stack(pooled))
+        found: Tensor = self.head(torch.stack([self._pool(row) for row in rows]))
         return found
+
+
+def _mean(row: Tensor) -> Tensor:
+    """Of hidden states, shape (tokens, hidden)."""
+    return row.mean(0)
+
+
+def _mean_and_last(row: Tensor) -> Tensor:
+    return torch.cat((row.mean(0), row[-1]))
 
 
 class HeadGenerator:

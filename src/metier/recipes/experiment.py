@@ -33,7 +33,7 @@ from metier.evaluation.verdict import decide
 from metier.graders import summarise
 from metier.model.world import joined
 from metier.progress import Progress
-from metier.recipes import planning, tuning
+from metier.recipes import making, planning, tuning
 from metier.recipes.finished import read_verdict
 from metier.recipes.stages import Stages, all_arms, to_json
 from metier.recipes.workbench import Workbench, open_workbench, read_task
@@ -78,6 +78,7 @@ def run(
     task = read_task(task_file, overrides)
     _check_reference(task)
     planning.check_machine(task)
+    making.check_bases(task)
     progress.stage("read and split the data")
     bench = open_workbench(task, task_file.parent)
     directory = Run(out)
@@ -120,6 +121,7 @@ def train_one(
     if not arm.tuned:
         raise ConfigError(f"arm '{arm.name}'", "is not trained", f"use {', '.join(TUNINGS)}")
     planning.check_machine(task)
+    making.check_bases(task)
     bench = open_workbench(task, task_file.parent)
     minutes, seed = task.budget if budget is None else budget, task.training.seeds[0]
     directory = Run(out)

@@ -11,13 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from metier.model.load import base_hash, locate
+from metier.model.load import base_hash, load_tokenizer, locate
 from metier.recipes.workbench import Workbench
 from metier.records import Example
 from metier.runs import fingerprint
 from metier.task import TUNINGS, Arm
 from metier.text.template import Renderer
-from metier.text.tokenizer import Tokenizer
 
 Inputs = dict[str, Any]
 
@@ -155,7 +154,7 @@ class Keys:
         """What decides a base's answers: its weights, and how text and chats become ids."""
         name = arm.base or self._bench.task.bases()[0]
         if name not in self._bases:
-            tokenizer = Tokenizer.load(locate(name))
+            tokenizer = load_tokenizer(locate(name))
             self._bases[name] = {
                 "weights": base_hash(name),
                 "tokenizer": tokenizer.fingerprint,

@@ -133,7 +133,7 @@ def notes(trainings: Sequence[Facts]) -> list[str]:
 
 def _steps(bench: Workbench, arm: Arm, rows: preflight.Prepared) -> int:
     training = bench.task.training
-    passes = training.epochs + (classify.READING_PASSES if arm.mode == "head" else 0)
+    passes = training.epochs + making.reading_passes(bench, arm)
     return sft.row_batches(rows.rows, training, seed=0).steps_per_epoch * passes
 
 
@@ -154,7 +154,10 @@ def _fit(
     rate = sft.default_learning_rate(tuned, tuning)
     settings["learning_rate"] = training.learning_rate or rate
     if arm.mode == "head":
-        return _fit_head(model, bench.labels, training, rows, scratch, settings)
+        reading = making.reading_passes(bench, arm)
+        if not reading:  # of a base that does not learn to read first
+            settings["head_rate"] = sft.encoder_head_rate(tuned)
+        return _fit_head(model, reading, training, rows, scratch, settings)
     train, held = (p.rows for p in rows)
     score = Scorer(model)
     if rehearsed:
@@ -167,23 +170,25 @@ def _fit(
 
 def _fit_head(
     classifier: Classifier,
-    labels: Sequence[str],
+    reading: int,
     training: Training,
     rows: tuple[preflight.Prepared, preflight.Prepared],
     scratch: Path,
     settings: dict[str, Any],
 ) -> State:
     """Learn to read the inputs, then their labels; seconds and skipped steps are those of both."""
-    train, held = (classify.label_rows(p.rows, p.examples, labels) for p in rows)
-    read = sft.fit(
-        classifier.model,
-        sft.answer_loss(Scorer(classifier.model)),
-        classify.reading_rows(train),
-        classify.reading_rows(held),
-        training.model_copy(update={"epochs": classify.READING_PASSES}),
-        directory=scratch / "reading",
-        **settings,
-    )
+    train, held = (classify.label_rows(p.rows, p.examples, classifier.labels) for p in rows)
+    read = State()
+    if reading:
+        read = sft.fit(
+            classifier.model,
+            sft.answer_loss(Scorer(classifier.model)),
+            classify.reading_rows(train),
+            classify.reading_rows(held),
+            training.model_copy(update={"epochs": reading}),
+            directory=scratch / "reading",
+            **settings,
+        )
     loss = classify.head_loss(classifier)
     state = sft.fit(classifier, loss, train, held, training, directory=scratch, **settings)
     return dataclasses.replace(
