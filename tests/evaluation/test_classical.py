@@ -5,9 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.special import softmax
 
 from metier.errors import DataError, RunError
 from metier.evaluation.classical import STRENGTHS, Classical
+from metier.model.calibration import calibration_error, temperature
 from metier.records import Example
 from metier.retrieval.lexical import tokenize
 from tests.evaluation.talks import talk
@@ -83,16 +85,35 @@ def test_probabilities_are_those_of_a_plain_scikit_learn_pipeline(
     peer.fit([e.input for e in parts[0]], [e.answer for e in parts[0]])
     texts = [example.input for example in parts[2]]
     assert peer.classes_.tolist() == list(fitted.labels)
-    np.testing.assert_allclose(fitted.probabilities(texts), peer.predict_proba(texts), atol=1e-4)
+    found = softmax(fitted.logits(texts), axis=1)
+    np.testing.assert_allclose(found, peer.predict_proba(texts), atol=1e-4)
 
 
-def test_probabilities_sum_to_one_and_the_answer_is_the_largest(fitted: Classical) -> None:
+def test_the_answer_is_the_likeliest_under_the_temperature(fitted: Classical) -> None:
     texts = ["my card", "", "?!", "天気", "x " * 5000]
-    rows = fitted.probabilities(texts)
-    assert rows.sum(axis=1) == pytest.approx(1)
+    logits = fitted.logits(texts)
     answers = fitted.generate([[{"role": "user", "content": text}] for text in texts])
-    assert [answer.probability for answer in answers] == pytest.approx(rows.max(axis=1))
+    assert [answer.text for answer in answers] == [fitted.labels[at] for at in logits.argmax(1)]
+    before, after = (softmax(logits / t, axis=1).max(1) for t in (1, fitted.temperature))
+    assert [answer.uncalibrated for answer in answers] == pytest.approx(before)
+    assert [answer.probability for answer in answers] == pytest.approx(after)
     assert fitted.generate([]) == []
+
+
+def test_probabilities_are_calibrated_on_validation(
+    fitted: Classical, parts: tuple[list[Example], list[Example], list[Example]]
+) -> None:
+    """TF-IDF with one regression a label is far from sure enough; its test errors show it."""
+    _, validation, test = parts
+    rows = [example for example in validation if example.answer in fitted.labels]
+    logits = fitted.logits([example.input for example in rows])
+    places = [fitted.labels.index(example.answer) for example in rows]
+    assert fitted.temperature == temperature(logits, places) < 0.8
+    answers = fitted.generate([example.prompt for example in test])
+    right = [a.text == e.answer for a, e in zip(answers, test, strict=True)]
+    before = calibration_error([answer.uncalibrated or 0 for answer in answers], right)
+    after = calibration_error([answer.probability or 0 for answer in answers], right)
+    assert after < 0.05 < 0.1 < before
 
 
 def test_validation_chooses_the_strength(
@@ -111,7 +132,8 @@ def test_training_twice_gives_the_same(
 ) -> None:
     again = Classical.fit(parts[0], parts[1])
     texts = [example.input for example in parts[2]]
-    assert np.array_equal(again.probabilities(texts), fitted.probabilities(texts))
+    assert np.array_equal(again.logits(texts), fitted.logits(texts))
+    assert again.temperature == fitted.temperature
 
 
 def test_what_was_saved_answers_the_same(
@@ -164,10 +186,10 @@ def test_of_single_messages_it_reads_just_that_message(
     plain = Classical.fit(train[::8], validation[::8])
     texts = [row.messages[0]["content"] or "" for row in test]
     same = Classical.fit(*instructed)
-    assert np.array_equal(same.probabilities(texts), plain.probabilities(texts))
+    assert np.array_equal(same.logits(texts), plain.logits(texts))
     answers = fitted.generate([row.prompt for row in test])
     assert fitted.generate([_instructed(row).prompt for row in test]) == answers
-    rows = fitted.probabilities(texts)
+    rows = softmax(fitted.logits(texts) / fitted.temperature, axis=1)
     assert [answer.probability for answer in answers] == list(rows.max(axis=1))
 
 

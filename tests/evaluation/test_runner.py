@@ -15,6 +15,7 @@ from metier.errors import ConfigError, RunError
 from metier.evaluation import runner
 from metier.evaluation.runner import (
     Graded,
+    calibration,
     confusion,
     evaluate,
     latency_seconds,
@@ -304,3 +305,21 @@ def test_graded_rows_are_plain_json(saved):
     folder, _ = saved
     row = json.loads((folder / "graded.jsonl").read_text().splitlines()[0])
     assert set(row) == {"id", "completion", "score"}
+
+
+def sure(answer: str, expected: str, *given: float) -> Graded:
+    probabilities = dict(zip(("probability", "uncalibrated"), given, strict=False))
+    right = Score(float(answer == expected), answer, "")
+    return Graded(example("x", expected), Completion(answer, **probabilities), right)
+
+
+def test_the_calibration_of_an_arm_that_gives_probabilities() -> None:
+    graded = [sure("yes", "yes", 0.75, 1.0)] * 3 + [sure("no", "yes", 0.75, 1.0)]
+    found = calibration(["yes", "no"], graded)
+    assert found == {"ece": pytest.approx(0), "ece_uncalibrated": pytest.approx(0.25)}
+    assert calibration(["yes", "no"], [sure("yes", "yes", 0.75)]) == {"ece": pytest.approx(0.25)}
+    refused = Graded(example("x"), Completion("", refused=True), Score(0, "", ""))
+    assert calibration(["yes", "no"], [*graded, refused]) == found
+    assert calibration(["yes", "no"], [refused]) == {}
+    odd = [sure("maybe", "perhaps", 0.9)]
+    assert calibration(["yes", "no"], odd) == {"ece": pytest.approx(0.9)}, "never right"

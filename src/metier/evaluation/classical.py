@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from metier.errors import DataError, RunError
+from metier.model.calibration import temperature
 from metier.records import Chat, Completion, Example, input_text
 from metier.retrieval.lexical import tokenize
 from metier.runs import write_atomic
@@ -39,20 +40,27 @@ class Classical:
     Attributes:
         labels: the closed label set, sorted.
         strength: the C that validation chose.
+        temperature: what logits are divided by before they become probabilities.
 
     """
 
     def __init__(
-        self, vectorizers: Sequence[Any], weights: Array, labels: Sequence[str], strength: float
+        self,
+        vectorizers: Sequence[Any],
+        weights: Array,
+        labels: Sequence[str],
+        strength: float,
+        temperature: float = 1.0,
     ) -> None:
         self._vectorizers = vectorizers
         self._weights = weights
         self.labels = tuple(labels)
         self.strength = strength
+        self.temperature = temperature
 
     @classmethod
     def fit(cls, train: Sequence[Example], validation: Sequence[Example]) -> Classical:
-        """Train one classifier per strength and keep the one most accurate on validation.
+        """Train one classifier per strength, keep the most accurate on validation, calibrate it.
 
         Raises:
             DataError: the training part has fewer than two labels, or no words.
@@ -73,23 +81,34 @@ class Classical:
             cls(vectorizers, _logistic(features, answers, len(labels), strength), labels, strength)
             for strength in STRENGTHS
         )
-        return max(fitted, key=lambda one: one._accuracy(validation))
+        best = max(fitted, key=lambda one: one._accuracy(validation))
+        best._calibrate([row for row in validation if row.answer in labels])
+        return best
 
     def generate(self, chats: Sequence[Chat]) -> list[Completion]:
         """The most probable label of each chat, by the text of all its turns."""
-        rows = self.probabilities([input_text(chat) for chat in chats])
+        from scipy.special import softmax
+
+        logits = self.logits([input_text(chat) for chat in chats])
+        sure, before = (softmax(one, axis=1).max(1) for one in (logits / self.temperature, logits))
         return [
-            Completion(self.labels[int(row.argmax())], probability=float(row.max())) for row in rows
+            Completion(self.labels[best], probability=float(now), uncalibrated=float(then))
+            for best, now, then in zip(logits.argmax(1), sure, before, strict=True)
         ]
 
-    def probabilities(self, texts: Sequence[str]) -> npt.NDArray[np.float64]:
-        """Probability of each label, shape (texts, labels); rows sum to 1."""
-        from scipy.special import log_expit, softmax
+    def logits(self, texts: Sequence[str]) -> npt.NDArray[np.float64]:
+        """Logits of the labels, shape (texts, labels), not yet divided by the temperature."""
+        from scipy.special import log_expit
 
         if not texts:
             return np.empty((0, len(self.labels)))
         scores = _features(self._vectorizers, texts) @ self._weights[:, :-1].T
-        return np.asarray(softmax(log_expit(scores + self._weights[:, -1]), axis=1))
+        return np.asarray(log_expit(scores + self._weights[:, -1]))
+
+    def _calibrate(self, examples: Sequence[Example]) -> None:
+        if examples:
+            logits = self.logits([input_text(example.prompt) for example in examples])
+            self.temperature = temperature(logits, [self.labels.index(e.answer) for e in examples])
 
     def _accuracy(self, examples: Sequence[Example]) -> float:
         answers = self.generate([example.prompt for example in examples])
@@ -103,6 +122,7 @@ class Classical:
         about = {
             "labels": self.labels,
             "strength": self.strength,
+            "temperature": self.temperature,
             "terms": [
                 sorted(one.vocabulary_, key=one.vocabulary_.get) for one in self._vectorizers
             ],
@@ -129,7 +149,8 @@ class Classical:
                 _restored(kind, about["terms"][at], arrays[f"idf.{at}"])
                 for at, kind in enumerate(_KINDS)
             ]
-            return cls(vectorizers, arrays["weights"], about["labels"], about["strength"])
+            found = about["labels"], about["strength"], about["temperature"]
+            return cls(vectorizers, arrays["weights"], *found)
         except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
             raise RunError(
                 str(directory), f"holds no whole classical model ({error})", "run the task again"

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _WEIGHTS = "head.safetensors"
 _LABELS = "labels.json"
+_CALIBRATION = "calibration.json"
 _BATCH_TOKENS = 8192
 
 
@@ -41,12 +42,16 @@ class Classifier(nn.Module):
         model: with or without an adapter.
         labels: the closed label set, in the order of the logits.
 
+    Attributes:
+        temperature: what logits are divided by before they become probabilities.
+
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel, labels: Sequence[str]) -> None:
         super().__init__()
         self.model = model
         self.labels = tuple(labels)
+        self.temperature = 1.0
         config = inner(model).config
         self._pool = _mean if is_encoder(config) else _mean_and_last
         pooled = (1 if is_encoder(config) else 2) * config.get_text_config().hidden_size
@@ -94,30 +99,37 @@ class HeadGenerator:
         while order:
             count = max(1, _BATCH_TOKENS // len(prompts[order[0]]))
             batch, order = order[:count], order[count:]
-            chances = self._probabilities([prompts[i] for i in batch])
-            for place, row in zip(batch, chances, strict=True):
-                best = int(row.argmax())
-                found[place] = Completion(
-                    text=self._classifier.labels[best],
-                    prompt_tokens=len(prompts[place]),
-                    probability=float(row[best]),
-                )
+            logits = self._logits([prompts[i] for i in batch])
+            for place, row in zip(batch, logits, strict=True):
+                found[place] = self._answer(row, len(prompts[place]))
         return [completion for completion in found if completion is not None]
 
     @torch.inference_mode()
-    def _probabilities(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+    def _logits(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         self._classifier.eval()
         ids = torch.tensor(list(chain(*prompts)), device=self._classifier.head.weight.device)
-        return torch.softmax(self._classifier(ids, [len(prompt) for prompt in prompts]), dim=-1)
+        found: Tensor = self._classifier(ids, [len(prompt) for prompt in prompts])
+        return found
+
+    def _answer(self, logits: Tensor, prompt_tokens: int) -> Completion:
+        best = int(logits.argmax())
+        return Completion(
+            text=self._classifier.labels[best],
+            prompt_tokens=prompt_tokens,
+            probability=float(torch.softmax(logits / self._classifier.temperature, -1)[best]),
+            uncalibrated=float(torch.softmax(logits, -1)[best]),
+        )
 
 
 def save_head(classifier: Classifier, directory: Path) -> None:
-    """Write the head and its labels beside the adapter or model."""
+    """Write the head, its labels and its temperature beside the adapter or model."""
     state = {
         name: t.detach().cpu().contiguous() for name, t in classifier.head.state_dict().items()
     }
     save_file(state, directory / _WEIGHTS)
     (directory / _LABELS).write_text(json.dumps(classifier.labels, ensure_ascii=False))
+    calibration = {"temperature": classifier.temperature}
+    (directory / _CALIBRATION).write_text(json.dumps(calibration))
 
 
 def load_head(model: PreTrainedModel | PeftModel, directory: Path) -> Classifier:
@@ -130,7 +142,9 @@ def load_head(model: PreTrainedModel | PeftModel, directory: Path) -> Classifier
     try:
         classifier = Classifier(model, json.loads((directory / _LABELS).read_text()))
         classifier.head.load_state_dict(load_file(directory / _WEIGHTS))
-    except (OSError, ValueError, RuntimeError) as error:
+        calibration = json.loads((directory / _CALIBRATION).read_text())
+        classifier.temperature = float(calibration["temperature"])
+    except (OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
         cause = f"has no classification head that fits ({str(error).splitlines()[0]})"
         raise ModelError(str(directory), cause, "train the arm again") from None
     return classifier.eval()

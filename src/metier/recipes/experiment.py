@@ -287,7 +287,8 @@ class Experiment:
             latency_requests=candidate.latency.requests,
             prompt_tokens=float(np.mean([one.prompt_tokens for one in counted])),
             completion_tokens=float(np.mean([one.completion_tokens for one in counted])),
-            metrics=summarise(self._bench.task.kind, self._bench.grader, pairs, self._bench.labels),
+            metrics=summarise(self._bench.task.kind, self._bench.grader, pairs, self._bench.labels)
+            | self._calibration(candidate),
             seeds=tuple(_seed(f, graded) for f, graded in zip(facts, candidate.test, strict=True))
             if facts
             else (),
@@ -297,6 +298,11 @@ class Experiment:
             forgetting=candidate.forgetting,
             notes=(*candidate.notes, *tuning.notes(facts)),
         )
+
+    def _calibration(self, candidate: Candidate) -> dict[str, float]:
+        """Means over the trainings of an arm: each gives probabilities of its own."""
+        found = [runner.calibration(self._bench.labels, graded) for graded in candidate.test]
+        return {name: float(np.mean([one[name] for one in found])) for name in found[0]}
 
     def _facts(self, candidate: Candidate) -> list[tuning.Facts]:
         return (

@@ -21,7 +21,7 @@ from metier.text.template import Renderer
 Inputs = dict[str, Any]
 
 # Raise when stored results of older code must not be reused.
-_EDITION = 7
+_EDITION = 8
 _REHEARSAL = 2
 
 

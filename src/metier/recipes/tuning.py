@@ -11,6 +11,7 @@ from typing import Any
 
 from metier.evaluation.schema import CurvePoint
 from metier.model.adapters import save_adapter
+from metier.model.calibration import temperature
 from metier.model.device import compute_dtype
 from metier.model.head import Classifier, save_head
 from metier.model.load import Base
@@ -103,7 +104,7 @@ def tune(
         return
     if in_parts:
         base, tuned = making.load_trainable(bench, arm, seed, "cpu")
-        model = Classifier(tuned, bench.labels) if arm.mode == "head" else tuned
+        model = _again(model, tuned) if arm.mode == "head" else tuned
         model.load_state_dict(found, strict=False)
     _write(arm, base, model, directory)
     shutil.copyfile(scratch / "log.jsonl", directory / "log.jsonl")
@@ -176,7 +177,10 @@ def _fit_head(
     scratch: Path,
     settings: dict[str, Any],
 ) -> State:
-    """Learn to read the inputs, then their labels; seconds and skipped steps are those of both."""
+    """Learn to read the inputs, then their labels, then how sure to be, on the validation rows.
+
+    Seconds and skipped steps are those of both trainings.
+    """
     train, held = (classify.label_rows(p.rows, p.examples, classifier.labels) for p in rows)
     read = State()
     if reading:
@@ -191,9 +195,17 @@ def _fit_head(
         )
     loss = classify.head_loss(classifier)
     state = sft.fit(classifier, loss, train, held, training, directory=scratch, **settings)
+    classifier.temperature = temperature(*classify.held_logits(classifier, held))
     return dataclasses.replace(
         state, seconds=read.seconds + state.seconds, skipped=read.skipped + state.skipped
     )
+
+
+def _again(classifier: Classifier, model: Any) -> Classifier:
+    """The same head on another model."""
+    found = Classifier(model, classifier.labels)
+    found.temperature = classifier.temperature
+    return found
 
 
 def _write(arm: Arm, base: Base, model: Any, directory: Path) -> None:

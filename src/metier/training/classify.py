@@ -9,14 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import numpy as np
+import numpy.typing as npt
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from metier.errors import TrainingError
 from metier.model.head import Classifier
 from metier.records import Example
-from metier.training.batches import Batch, Row
+from metier.training.batches import Batch, Row, cut
 from metier.training.forward import forward_of
+from metier.training.sft import MICRO_TOKENS
 
 READING_PASSES = 3
 """Passes over the inputs before the labels are learned."""
@@ -78,3 +82,14 @@ def head_loss(classifier: Classifier) -> Callable[[Batch], Tensor]:
         return F.cross_entropy(logits, batch.labels, reduction="sum", label_smoothing=smoothing)
 
     return loss
+
+
+@torch.inference_mode()
+def held_logits(
+    classifier: Classifier, rows: Sequence[Row]
+) -> tuple[npt.NDArray[np.float64], list[int]]:
+    """Logits of labelled rows, shape (rows, labels), and the places of their labels."""
+    classifier.eval()
+    batches = [batch.to(classifier.model.device) for batch in cut(rows, MICRO_TOKENS)]
+    found = torch.cat([classifier(batch.ids, batch.lengths) for batch in batches])
+    return found.double().cpu().numpy(), torch.cat([b.labels for b in batches]).tolist()
