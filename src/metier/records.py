@@ -102,6 +102,7 @@ class Completion:
         finished: False when the answer was cut at the length limit, or the request refused.
         probability: the arm's own probability of its answer, where it has one.
         uncalibrated: the same before it was calibrated, where it was.
+        probabilities: of every label, where an answer may name several.
         refused: the request is longer than the model's context: nothing was read or written.
 
     """
@@ -112,6 +113,7 @@ class Completion:
     finished: bool = True
     probability: float | None = None
     uncalibrated: float | None = None
+    probabilities: dict[str, float] = field(default_factory=dict)
     refused: bool = False
 
 

@@ -314,12 +314,19 @@ def sure(answer: str, expected: str, *given: float) -> Graded:
 
 
 def test_the_calibration_of_an_arm_that_gives_probabilities() -> None:
+    def of(graded: list[Graded]) -> dict[str, float]:
+        return calibration("classification", ["yes", "no"], graded)
+
     graded = [sure("yes", "yes", 0.75, 1.0)] * 3 + [sure("no", "yes", 0.75, 1.0)]
-    found = calibration(["yes", "no"], graded)
+    found = of(graded)
     assert found == {"ece": pytest.approx(0), "ece_uncalibrated": pytest.approx(0.25)}
-    assert calibration(["yes", "no"], [sure("yes", "yes", 0.75)]) == {"ece": pytest.approx(0.25)}
+    assert of([sure("yes", "yes", 0.75)]) == {"ece": pytest.approx(0.25)}
     refused = Graded(example("x"), Completion("", refused=True), Score(0, "", ""))
-    assert calibration(["yes", "no"], [*graded, refused]) == found
-    assert calibration(["yes", "no"], [refused]) == {}
-    odd = [sure("maybe", "perhaps", 0.9)]
-    assert calibration(["yes", "no"], odd) == {"ece": pytest.approx(0.9)}, "never right"
+    assert of([*graded, refused]) == found
+    assert of([refused]) == {}
+    assert of([sure("maybe", "perhaps", 0.9)]) == {"ece": pytest.approx(0.9)}, "never right"
+
+
+def test_several_labels_are_right_all_together() -> None:
+    graded = [sure('["a","b"]', '["b", "a"]', 1.0), sure('["a"]', '["a","b"]', 1.0)]
+    assert calibration("multi-label", ["a", "b"], graded) == {"ece": pytest.approx(0.5)}

@@ -123,7 +123,7 @@ def write_banking(directory: Path, data: Path, base: Path, **changes: Any) -> Pa
 
 def test_real_weights_learn_real_intents(tmp_path: Path, data_dir: Path) -> None:
     """MiniLM on rows of BANKING77; without training it answers by chance."""
-    training = {"epochs": 4, "seeds": [0], "max_length": 64, "patience": 0}
+    training = {"epochs": 8, "seeds": [0], "max_length": 64, "batch_size": 8}
     task = write_banking(
         tmp_path,
         data_dir,

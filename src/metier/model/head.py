@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from metier.errors import ModelError
 from metier.model.backbone import hidden_states, inner
+from metier.model.calibration import Calibration
 from metier.model.encoder import is_encoder
 from metier.records import Chat, Completion
 
@@ -43,7 +45,7 @@ class Classifier(nn.Module):
         labels: the closed label set, in the order of the logits.
 
     Attributes:
-        temperature: what logits are divided by before they become probabilities.
+        calibration: how its logits become answers.
 
     """
 
@@ -51,7 +53,7 @@ class Classifier(nn.Module):
         super().__init__()
         self.model = model
         self.labels = tuple(labels)
-        self.temperature = 1.0
+        self.calibration = Calibration()
         config = inner(model).config
         self._pool = _mean if is_encoder(config) else _mean_and_last
         pooled = (1 if is_encoder(config) else 2) * config.get_text_config().hidden_size
@@ -86,22 +88,25 @@ def _mean_and_last(row: Tensor) -> Tensor:
 
 
 class HeadGenerator:
-    """Answers with the likeliest label; satisfies `records.Generator`."""
+    """Answers with the likeliest label, or all likely ones; satisfies `records.Generator`."""
 
     def __init__(self, classifier: Classifier, renderer: Renderer) -> None:
         self._classifier, self._renderer = classifier, renderer
 
     def generate(self, chats: Sequence[Chat]) -> list[Completion]:
-        """The likeliest label of each chat with its probability."""
+        """The answer to each chat with its probability."""
         prompts = [self._renderer.prompt(chat) for chat in chats]
         found: list[Completion | None] = [None] * len(prompts)
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         while order:
             count = max(1, _BATCH_TOKENS // len(prompts[order[0]]))
             batch, order = order[:count], order[count:]
-            logits = self._logits([prompts[i] for i in batch])
-            for place, row in zip(batch, logits, strict=True):
-                found[place] = self._answer(row, len(prompts[place]))
+            logits = self._logits([prompts[i] for i in batch]).double().cpu().numpy()
+            lengths = [len(prompts[i]) for i in batch]
+            classifier = self._classifier
+            answers = classifier.calibration.answers(logits, classifier.labels, lengths)
+            for place, answer in zip(batch, answers, strict=True):
+                found[place] = answer
         return [completion for completion in found if completion is not None]
 
     @torch.inference_mode()
@@ -111,25 +116,15 @@ class HeadGenerator:
         found: Tensor = self._classifier(ids, [len(prompt) for prompt in prompts])
         return found
 
-    def _answer(self, logits: Tensor, prompt_tokens: int) -> Completion:
-        best = int(logits.argmax())
-        return Completion(
-            text=self._classifier.labels[best],
-            prompt_tokens=prompt_tokens,
-            probability=float(torch.softmax(logits / self._classifier.temperature, -1)[best]),
-            uncalibrated=float(torch.softmax(logits, -1)[best]),
-        )
-
 
 def save_head(classifier: Classifier, directory: Path) -> None:
-    """Write the head, its labels and its temperature beside the adapter or model."""
+    """Write the head, its labels and its calibration beside the adapter or model."""
     state = {
         name: t.detach().cpu().contiguous() for name, t in classifier.head.state_dict().items()
     }
     save_file(state, directory / _WEIGHTS)
     (directory / _LABELS).write_text(json.dumps(classifier.labels, ensure_ascii=False))
-    calibration = {"temperature": classifier.temperature}
-    (directory / _CALIBRATION).write_text(json.dumps(calibration))
+    (directory / _CALIBRATION).write_text(json.dumps(asdict(classifier.calibration)))
 
 
 def load_head(model: PreTrainedModel | PeftModel, directory: Path) -> Classifier:
@@ -143,7 +138,9 @@ def load_head(model: PreTrainedModel | PeftModel, directory: Path) -> Classifier
         classifier = Classifier(model, json.loads((directory / _LABELS).read_text()))
         classifier.head.load_state_dict(load_file(directory / _WEIGHTS))
         calibration = json.loads((directory / _CALIBRATION).read_text())
-        classifier.temperature = float(calibration["temperature"])
+        temperature, threshold = calibration["temperature"], calibration["threshold"]
+        threshold = None if threshold is None else float(threshold)
+        classifier.calibration = Calibration(float(temperature), threshold)
     except (OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
         cause = f"has no classification head that fits ({str(error).splitlines()[0]})"
         raise ModelError(str(directory), cause, "train the arm again") from None

@@ -301,7 +301,8 @@ class Experiment:
 
     def _calibration(self, candidate: Candidate) -> dict[str, float]:
         """Means over the trainings of an arm: each gives probabilities of its own."""
-        found = [runner.calibration(self._bench.labels, graded) for graded in candidate.test]
+        kind, labels = self._bench.task.kind, self._bench.labels
+        found = [runner.calibration(kind, labels, graded) for graded in candidate.test]
         return {name: float(np.mean([one[name] for one in found])) for name in found[0]}
 
     def _facts(self, candidate: Candidate) -> list[tuning.Facts]:
@@ -316,7 +317,8 @@ class Experiment:
         won, lost = (
             ((), ()) if candidate is reference else runner.won_and_lost(best, reference.test[0])
         )
-        labels = self._bench.labels
+        # Which label stands for which other is only known where there is one.
+        labels = self._bench.labels if self._bench.task.kind == "classification" else ()
         return ArmDetails(
             arm=candidate.arm.name,
             won=won,

@@ -54,6 +54,8 @@ class Keys:
             "arm": arm.name,
             "data": self._bench.train_identity,
         }
+        if self._bench.task.kind == "multi-label":  # which are learned otherwise
+            found["kind"] = self._bench.task.kind
         if arm.method == "classical":
             return found
         if arm.method != "remote":
@@ -106,10 +108,9 @@ class Keys:
         """
         unread = {"seeds", "shard"} | {field for one in TUNINGS.values() for field in one.reads}
         unread -= arm.tuning.reads if arm.tuning else frozenset()
-        if arm.mode == "head":
-            unread.add("rehearsal")
+        unread.add("rehearsal" if arm.mode == "head" else "class_weights")
         training = self._bench.task.training.model_dump(mode="json", exclude=unread)
-        for field in ("layers", "added_tokens"):
+        for field in ("layers", "added_tokens", "class_weights"):
             if not training.get(field):  # as if the field had never been there
                 training.pop(field, None)
         found: Inputs = {"training": training, "seed": seed}

@@ -30,7 +30,7 @@ from metier.model.vocabulary import add_tokens, with_tokens_of
 from metier.progress import Progress
 from metier.recipes.workbench import Workbench
 from metier.records import Chat, Completion, Example, Generator
-from metier.task import Arm, Task
+from metier.task import LABELLED, Arm, Task
 from metier.text.template import Renderer
 from metier.training import classify, preflight
 from metier.training.preflight import Prepared
@@ -306,7 +306,8 @@ def write_about(
 
 def fit_classical(bench: Workbench, directory: Path) -> None:
     """Fit the classical arm and write it."""
-    Classical.fit(bench.parts.train, bench.parts.validation).save(directory)
+    parts = bench.parts
+    Classical.fit(parts.train, parts.validation, bench.task.kind).save(directory)
 
 
 def composer(bench: Workbench, arm: Arm, fits: arms.Fits, phrasing: str) -> Any:
@@ -405,8 +406,8 @@ def _composed(bench: Workbench, arm: Arm, engine: Engine, phrasing: str) -> Buil
 
 
 def _label_ends(bench: Workbench) -> tuple[str, ...]:
-    """A label is one line; a model that was not taught to stop goes on with more of its own."""
-    return ("\n",) if bench.task.kind == "classification" else ()
+    """Labels are one line; a model that was not taught to stop goes on with more of its own."""
+    return ("\n",) if bench.task.kind in LABELLED else ()
 
 
 def _fitted(generator: Generator, engine: Engine) -> Built:

@@ -11,7 +11,6 @@ from typing import Any
 
 from metier.evaluation.schema import CurvePoint
 from metier.model.adapters import save_adapter
-from metier.model.calibration import temperature
 from metier.model.device import compute_dtype
 from metier.model.head import Classifier, save_head
 from metier.model.load import Base
@@ -22,6 +21,7 @@ from metier.recipes import making
 from metier.recipes.workbench import Workbench
 from metier.task import Arm, Training
 from metier.training import classify, preflight, rehearsal, sft
+from metier.training.batches import Row
 from metier.training.loop import State
 from metier.training.scoring import Scorer
 
@@ -158,7 +158,10 @@ def _fit(
         reading = making.reading_passes(bench, arm)
         if not reading:  # of a base that does not learn to read first
             settings["head_rate"] = sft.encoder_head_rate(tuned)
-        return _fit_head(model, reading, training, rows, scratch, settings)
+        train, held = (
+            classify.label_rows(p.rows, p.examples, bench.labels, bench.task.kind) for p in rows
+        )
+        return _fit_head(model, reading, training, train, held, scratch, settings)
     train, held = (p.rows for p in rows)
     score = Scorer(model)
     if rehearsed:
@@ -173,7 +176,8 @@ def _fit_head(
     classifier: Classifier,
     reading: int,
     training: Training,
-    rows: tuple[preflight.Prepared, preflight.Prepared],
+    train: list[Row],
+    held: list[Row],
     scratch: Path,
     settings: dict[str, Any],
 ) -> State:
@@ -181,7 +185,6 @@ def _fit_head(
 
     Seconds and skipped steps are those of both trainings.
     """
-    train, held = (classify.label_rows(p.rows, p.examples, classifier.labels) for p in rows)
     read = State()
     if reading:
         read = sft.fit(
@@ -193,9 +196,12 @@ def _fit_head(
             directory=scratch / "reading",
             **settings,
         )
-    loss = classify.head_loss(classifier)
+    classify.start_at_shares(classifier, train)
+    weights = training.class_weights
+    counted = classify.class_weights(weights, train, classifier.labels) if weights else None
+    loss = classify.head_loss(classifier, counted)
     state = sft.fit(classifier, loss, train, held, training, directory=scratch, **settings)
-    classifier.temperature = temperature(*classify.held_logits(classifier, held))
+    classify.calibrate(classifier, held)
     return dataclasses.replace(
         state, seconds=read.seconds + state.seconds, skipped=read.skipped + state.skipped
     )
@@ -204,7 +210,7 @@ def _fit_head(
 def _again(classifier: Classifier, model: Any) -> Classifier:
     """The same head on another model."""
     found = Classifier(model, classifier.labels)
-    found.temperature = classifier.temperature
+    found.calibration = classifier.calibration
     return found
 
 

@@ -26,13 +26,19 @@ class Row:
     Attributes:
         ids: shape (length,).
         trained: which ids the loss looks at.
-        label: class for a classification head, else -1.
+        label: for a classification head: the place of the label, or where a row may have several,
+            a 1 or a 0 for each; else -1.
 
     """
 
     ids: tuple[int, ...]
     trained: tuple[bool, ...]
-    label: int = -1
+    label: int | tuple[int, ...] = _NONE
+
+    @property
+    def labelled(self) -> bool:
+        """Whether a head is trained on it."""
+        return self.label != _NONE
 
     @classmethod
     def of(cls, rendered: Rendered) -> Row:
@@ -48,7 +54,7 @@ class Batch:
         ids: what is read, shape (tokens,): of a labelled row all, else all but its last token.
         lengths: tokens that are read of each row.
         targets: the next token where it is trained, else -1; shape (tokens,).
-        labels: of the rows, shape (rows,).
+        labels: of the rows, shape (rows,), or where there may be several, (rows, labels).
         weight: trained tokens, or rows where a head is trained.
         tokens: of the rows, for speed figures.
 
@@ -72,7 +78,7 @@ class Batch:
             lengths=tuple(len(ids) for ids, _ in read),
             targets=targets,
             labels=labels,
-            weight=float((labels >= 0).sum() or (targets >= 0).sum()),
+            weight=float(sum(row.labelled for row in rows) or (targets >= 0).sum()),
             tokens=sum(len(row.ids) for row in rows),
         )
 
@@ -88,7 +94,7 @@ class Batch:
 
 def _read(row: Row) -> tuple[Sequence[int], Sequence[int]]:
     """What is read of a row, and what is to follow each of its tokens."""
-    if row.label >= 0:
+    if row.labelled:
         return row.ids, [_NONE] * len(row.ids)
     following = zip(row.ids[1:], row.trained[1:], strict=True)
     return row.ids[:-1], [token if trained else _NONE for token, trained in following]
