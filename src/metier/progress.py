@@ -48,14 +48,16 @@ class Silent:
 
 @contextmanager
 def no_weight_bar() -> Iterator[None]:
-    """Without the progress bars that transformers draws for weights."""
+    """Without what transformers draws and says of weights: who loads them checks them."""
     from transformers.utils import logging
 
     bar: Any = logging
-    shown = bar.is_progress_bar_enabled()
+    shown, said = bar.is_progress_bar_enabled(), bar.get_verbosity()
     bar.disable_progress_bar()
+    bar.set_verbosity_error()
     try:
         yield
     finally:
+        bar.set_verbosity(said)
         if shown:
             bar.enable_progress_bar()

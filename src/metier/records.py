@@ -101,6 +101,8 @@ class Completion:
         completion_tokens: tokens written.
         finished: False when the answer was cut at the length limit, or the request refused.
         probability: the arm's own probability of its answer, where it has one.
+        uncalibrated: the same before it was calibrated, where it was.
+        probabilities: of every label, where an answer may name several.
         refused: the request is longer than the model's context: nothing was read or written.
 
     """
@@ -110,6 +112,8 @@ class Completion:
     completion_tokens: int = 0
     finished: bool = True
     probability: float | None = None
+    uncalibrated: float | None = None
+    probabilities: dict[str, float] = field(default_factory=dict)
     refused: bool = False
 
 

@@ -14,9 +14,12 @@ from pydantic import Field, FiniteFloat, field_validator, model_validator
 
 from metier.config import Config
 
-Kind = Literal["classification", "extraction", "expansion"]
+Kind = Literal["classification", "multi-label", "extraction", "expansion"]
+LABELLED: tuple[Kind, ...] = ("classification", "multi-label")
+"""Kinds with a closed label set."""
 Turns = Literal["last", "all"]
 TemplateName = Literal["plain", "question-answer", "chat"]
+Weight = Annotated[FiniteFloat, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Format = Literal[
     "auto",
@@ -182,6 +185,9 @@ class Training(Config):
     turns: Turns = "last"
     """Which answers of a conversation are learned: the last, which is what is evaluated, or all
     but those of weight 0."""
+    class_weights: dict[str, Weight] | Literal["balanced"] | None = None
+    """How much a label counts in the loss of a head: balanced (as if all were equally frequent),
+    or a weight for some labels, 1 for the others; by default every row counts the same."""
     rehearsal: Annotated[FiniteFloat, Field(ge=0)] = 2.0
     """Weight of saying what the base says about text of its own, against forgetting (0: none)."""
     shard: bool = False
@@ -306,7 +312,8 @@ class Task(Config):
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
     """Name of the task: lower-case letters, digits, dot, dash, underscore."""
     kind: Kind
-    """classification (closed labels), extraction (text or JSON fields), expansion (free text)."""
+    """classification (one of a closed set of labels), multi-label (any number of them), extraction
+    (text or JSON fields), expansion (free text)."""
     data: Data
     """Where the examples are."""
     good: str = ""
@@ -318,7 +325,7 @@ class Task(Config):
     instruction: str = ""
     """What prompted arms tell the model to do."""
     labels: tuple[str, ...] = ()
-    """The closed label set of a classification; by default the labels of the training part."""
+    """The closed label set; by default the labels of the training part."""
     base: str | Annotated[tuple[str, ...], Field(min_length=1)] = "starter"
     """One base or several: starter, a path, or a Hub name."""
     template: TemplateName = "question-answer"
@@ -326,7 +333,7 @@ class Task(Config):
     grader: str | dict[str, Any] = "auto"
     """What gives the scores: auto, exact, fields, token_f1, rouge_l, chrf, regex:PATTERN,
     python:FILE.py:FUNCTION, or the mapping of an OpenAI-style grader. auto: exact for
-    classification, fields where answers are JSON, token_f1 or rouge_l else."""
+    classification, fields where answers are JSON (so of multi-label), token_f1 or rouge_l else."""
     arms: tuple[str, ...] = ()
     """Arms to compare: prompt, few-shot, rag, classical, remote; lora, rslora, dora, pissa, ia3,
     prompt-tuning, prefix-tuning, qlora, full, each also with retrieval, e.g. lora+rag. For a closed
@@ -383,9 +390,10 @@ class Task(Config):
     @model_validator(mode="after")
     def _arms_fit(self) -> Self:
         for arm in self.chosen_arms():
-            if self.kind != "classification" and (
-                arm.method == "classical" or arm.mode in ("likelihood", "head")
-            ):
+            if self.kind not in LABELLED and (arm.method == "classical" or arm.mode == "head"):
+                kinds = " or ".join(LABELLED)
+                raise ValueError(f"the arm '{arm.name}' needs kind: {kinds}")
+            if self.kind != "classification" and arm.mode == "likelihood":
                 raise ValueError(f"the arm '{arm.name}' needs kind: classification")
             if arm.mode == "tags" and self.kind != "extraction":
                 raise ValueError(f"the arm '{arm.name}' needs kind: extraction")
@@ -399,6 +407,8 @@ class Task(Config):
             if arm.method == "remote" and self.remote is None:
                 raise ValueError("the arm 'remote' needs the section 'remote'")
             self._can_be_trained(arm)
+        if self.training.class_weights and all(a.mode != "head" for a in self.chosen_arms()):
+            raise ValueError("training.class_weights are those of a head, and no arm has one")
         return self
 
     def _can_be_trained(self, arm: Arm) -> None:
@@ -425,7 +435,7 @@ class Task(Config):
         if self.arms:
             return tuple(Arm.of(text) for text in self.arms)
         simpler = ["prompt", "few-shot", "rag"]
-        if self.kind == "classification":
+        if self.kind in LABELLED:
             simpler.append("classical")
         return tuple(Arm.of(text) for text in [*simpler, "lora"])
 

@@ -267,12 +267,21 @@ def test_labels_of_all_official_parts_are_listed(tmp_path: Path) -> None:
     assert "validation:" not in text.partition("split:")[2].partition("#")[0]
 
 
-def test_lists_of_labels_are_warned_of(tmp_path: Path) -> None:
-    labels = ["1", "2", "3", "1,2"]
-    rows = [{"text": s, "label": labels[i % 4]} for i, s in enumerate(sentences(300))]
-    _, text = proposal(tmp_path / "a.jsonl", rows)
-    assert "# CAREFUL: 75 rows have several labels, such as '1,2'." in text
-    assert "CAREFUL" not in proposal(tmp_path / "b.jsonl", [r for r in rows if r["label"] != "1,2"])[1]  # fmt: skip  # noqa: E501
+def test_rows_with_several_labels_are_seen(tmp_path: Path) -> None:
+    """As lists, and as text with a comma or a bar; where no row has several, each has one."""
+    texts = sentences(300)
+    for sign, several in {"list": ["1", "2"], "comma": "1,2", "bar": "1 | 2"}.items():
+        one = ["1"] if sign == "list" else "1"
+        kinds = [one, ["2"] if one == ["1"] else "2", several]
+        rows = [{"text": s, "label": kinds[i % 3]} for i, s in enumerate(texts)]
+        task, text = proposal(tmp_path / f"{sign}.jsonl", rows)
+        assert (task.kind, task.labels, task.grader) == ("multi-label", ("1", "2"), "fields")
+        assert ("100 rows have several labels" in text) == (sign != "list")
+        assert {arm.name for arm in task.chosen_arms()} >= {"classical", "lora"}
+    single = [{"text": s, "label": "12"[i % 2]} for i, s in enumerate(texts)]
+    assert proposal(tmp_path / "one.jsonl", single)[0].kind == "classification"
+    free = [{"text": s, "label": [s[:9], s[9:20]]} for s in texts]
+    assert proposal(tmp_path / "free.jsonl", free)[0].kind == "extraction"
 
 
 TABLES = {

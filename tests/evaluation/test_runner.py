@@ -15,6 +15,7 @@ from metier.errors import ConfigError, RunError
 from metier.evaluation import runner
 from metier.evaluation.runner import (
     Graded,
+    calibration,
     confusion,
     evaluate,
     latency_seconds,
@@ -304,3 +305,28 @@ def test_graded_rows_are_plain_json(saved):
     folder, _ = saved
     row = json.loads((folder / "graded.jsonl").read_text().splitlines()[0])
     assert set(row) == {"id", "completion", "score"}
+
+
+def sure(answer: str, expected: str, *given: float) -> Graded:
+    probabilities = dict(zip(("probability", "uncalibrated"), given, strict=False))
+    right = Score(float(answer == expected), answer, "")
+    return Graded(example("x", expected), Completion(answer, **probabilities), right)
+
+
+def test_the_calibration_of_an_arm_that_gives_probabilities() -> None:
+    def of(graded: list[Graded]) -> dict[str, float]:
+        return calibration("classification", ["yes", "no"], graded)
+
+    graded = [sure("yes", "yes", 0.75, 1.0)] * 3 + [sure("no", "yes", 0.75, 1.0)]
+    found = of(graded)
+    assert found == {"ece": pytest.approx(0), "ece_uncalibrated": pytest.approx(0.25)}
+    assert of([sure("yes", "yes", 0.75)]) == {"ece": pytest.approx(0.25)}
+    refused = Graded(example("x"), Completion("", refused=True), Score(0, "", ""))
+    assert of([*graded, refused]) == found
+    assert of([refused]) == {}
+    assert of([sure("maybe", "perhaps", 0.9)]) == {"ece": pytest.approx(0.9)}, "never right"
+
+
+def test_several_labels_are_right_all_together() -> None:
+    graded = [sure('["a","b"]', '["b", "a"]', 1.0), sure('["a"]', '["a","b"]', 1.0)]
+    assert calibration("multi-label", ["a", "b"], graded) == {"ece": pytest.approx(0.5)}

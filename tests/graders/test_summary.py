@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_support
+from sklearn.preprocessing import MultiLabelBinarizer
 
 from metier.graders import LabelSet, load_grader, summarise
+from metier.graders.labels import read_labels, write_labels
 
 
 def graded(grader, example, rows):
@@ -105,3 +107,36 @@ def test_labels_ignore_white_space_and_case_but_keep_labels_apart():
     assert [labels.row(t) for t in (" card  LOST", "fees", "fee", "")] == [0, 1, 2, 2]
     strict = LabelSet(["us", "US"])
     assert [strict.row(t) for t in ("us", "US", "Us")] == [0, 1, 2]
+
+
+def test_metrics_of_several_labels_equal_sklearn(example):
+    rng = random.Random(3)
+    labels = ["anger", "joy", "love", "unused"]
+
+    def drawn(count):
+        return write_labels(rng.sample(labels[:3], rng.randrange(count)))
+
+    rows = [(drawn(4), drawn(4)) for _ in range(200)]
+    grader = load_grader("auto", "multi-label", [], Path())
+    assert grader.name == "fields"
+    metrics = summarise("multi-label", grader, graded(grader, example, rows), labels)
+    marks = MultiLabelBinarizer(classes=labels[:3])
+    answered, true = (
+        marks.fit_transform(map(read_labels, side)) for side in zip(*rows, strict=True)
+    )
+    for average in ("micro", "macro"):
+        expected = f1_score(true, answered, average=average, zero_division=0)
+        assert metrics[f"{average}_f1"] == pytest.approx(expected)
+    assert metrics["exact"] == pytest.approx(accuracy_score(true, answered))
+    assert metrics["invalid_answers"] == 0
+    expected = f1_score(true, answered, average="samples", zero_division=1)
+    assert metrics["fields"] == pytest.approx(expected), "the mean F1 of a row's labels"
+
+
+def test_what_is_no_list_of_labels_is_invalid_and_names_none(example):
+    grader = load_grader("auto", "multi-label", [], Path())
+    rows = [("joy", '["joy"]'), ('["hate"]', "[]"), ('{"a":', "[]"), ('["joy"]', '["joy"]')]
+    metrics = summarise("multi-label", grader, graded(grader, example, rows), ["joy"])
+    assert metrics["invalid_answers"] == 0.75
+    assert metrics["micro_f1"] == pytest.approx(2 / 4)
+    assert metrics["exact"] == 0.25

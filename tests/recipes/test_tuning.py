@@ -6,19 +6,23 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from metier import recipes
+from metier.errors import ConfigError
 from metier.model import device
 from metier.model.world import World
 from metier.progress import Silent
 from metier.recipes import tuning
+from metier.recipes.keys import Keys
 from metier.recipes.workbench import open_workbench, read_task
+from metier.runs import fingerprint
 from metier.task import Arm
-from metier.training import rehearsal
+from metier.training import classify, rehearsal
 from tests.recipes.conftest import write_task
 
 
@@ -147,3 +151,50 @@ def test_torchrun_trains_what_one_process_trains(
     one, two = (load_file(path / "adapter_model.safetensors") for path in (alone, together))
     assert one.keys() == two.keys()
     assert all(one[name].shape == value.shape for name, value in two.items())
+
+
+def test_weights_reach_the_loss_of_a_head_alone(
+    tmp_path: Path, stories260k: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And with them the name of its stage; a text arm is as if there were none."""
+    seen: list[list[float] | None] = []
+    loss = classify.head_loss
+
+    def spy(classifier: Any, weights: torch.Tensor | None = None) -> Any:
+        seen.append(None if weights is None else weights.tolist())
+        return loss(classifier, weights)
+
+    monkeypatch.setattr(classify, "head_loss", spy)
+    training = {"epochs": 1, "seeds": [0], "max_length": 128, "batch_size": 16}
+    names: dict[str, list[str]] = {"lora": [], "lora/head": []}
+    for number, weights in enumerate([None, "balanced", {"food": 3}]):
+        task = write_task(
+            tmp_path, stories260k, training={**training, "class_weights": weights}, arms=list(names)
+        )
+        bench, out = open_workbench(read_task(task), tmp_path), tmp_path / f"made{number}"
+        out.mkdir()
+        tuning.tune(bench, Arm.of("lora/head"), 0, None, Silent(), out, tmp_path / f"s{number}")
+        for name, found in names.items():
+            found.append(fingerprint(Keys(bench).making(Arm.of(name))))
+    assert seen[0] is None
+    assert seen[1] is not None
+    assert sum(seen[1]) == pytest.approx(3, abs=0.2)
+    assert seen[2] == [1, 3, 1]
+    assert [len(set(found)) for found in names.values()] == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("weights", "arms", "cause"),
+    [
+        ("balanced", ["prompt", "lora"], "no arm has one"),
+        ({"foot": 2}, ["lora/head"], "weighs 'foot', which is none of the 3 labels"),
+        ({"food": 0}, ["lora/head"], "greater than 0"),
+        ("even", ["lora/head"], "class_weights"),
+    ],
+)
+def test_weights_that_count_for_nothing_are_refused(
+    tmp_path: Path, stories260k: Path, weights: Any, arms: list[str], cause: str
+) -> None:
+    task = write_task(tmp_path, stories260k, training={"class_weights": weights}, arms=arms)
+    with pytest.raises(ConfigError, match=cause):
+        open_workbench(read_task(task), tmp_path)

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 import transformers
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from metier.model import load
 
@@ -27,6 +29,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 """By the name of their config."""
 
+ENCODERS: dict[str, dict[str, Any]] = {
+    "Bert": _SIZE | {"intermediate_size": 48, "max_position_embeddings": 128},
+    "Roberta": _SIZE | {"intermediate_size": 48, "max_position_embeddings": 131},
+    "ModernBert": _SIZE
+    | {"intermediate_size": 48, "local_attention": 8, "global_attn_every_n_layers": 2},
+}
+"""The same of encoders; ModernBERT's second layer looks at four tokens to each side."""
+
 
 def tokenizer_files() -> list[Path]:
     """Those of the starter, which is part of every checkout."""
@@ -36,15 +46,28 @@ def tokenizer_files() -> list[Path]:
 
 def write_base(directory: Path, family: str, **changes: Any) -> Path:
     """A base in Hugging Face layout, its weights a function of the family alone."""
-    values = _TOKENS | FAMILIES[family] | changes
+    values = _TOKENS | (FAMILIES | ENCODERS)[family] | changes
     config = getattr(transformers, f"{family}Config")(**values)
+    kind = "MaskedLM" if family in ENCODERS else "CausalLM"
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = transformers.AutoModelForCausalLM.from_config(config).float()
+        model = getattr(transformers, f"AutoModelFor{kind}").from_config(config).float()
         for parameter in model.parameters():  # larger, so that inputs matter from the start
             if parameter.ndim == 2:
                 parameter.data.normal_(0, parameter.shape[1] ** -0.5)
     model.save_pretrained(directory)
     for file in tokenizer_files():
         shutil.copy(file, directory)
+    if family in ENCODERS:
+        _frame(directory / "tokenizer.json")
     return directory
+
+
+def _frame(file: Path) -> None:
+    """Let a tokenizer put its first two control tokens around a text, as those of encoders do."""
+    tokenizer = Tokenizer.from_file(str(file))
+    around = [("<|bos|>", 0), ("<|eos|>", 1)]
+    tokenizer.post_processor = TemplateProcessing(
+        single="<|bos|> $A <|eos|>", special_tokens=around
+    )
+    tokenizer.save(str(file))

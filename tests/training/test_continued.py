@@ -30,6 +30,7 @@ from metier.training.mixture import Mixture
 from metier.training.pretrain import window_loss
 from metier.training.pretrain_config import PretrainConfig
 from metier.training.scoring import Scorer
+from tests.training.families import write_base
 from tests.training.test_pretrain import Told, recipe, run, weights
 
 LORA = {"rank": 4, "alpha": 8}
@@ -338,3 +339,13 @@ def test_a_base_that_is_nowhere_or_damaged_is_refused(base: Path, tmp_path: Path
         (tmp_path / "domain.jsonl").write_text(text)
         with pytest.raises(DataError, match="less than a window"):
             run(path, tmp_path / "out")
+
+
+def test_an_encoder_is_refused_before_any_text_is_read(tmp_path: Path) -> None:
+    given = write_base(tmp_path / "bert", "Bert")
+    (given / "model.safetensors").unlink()  # not even its weights are looked for
+    path = further(tmp_path / "recipe", given)
+    (tmp_path / "recipe" / "domain.jsonl").unlink()
+    with pytest.raises(ModelError, match="is an encoder: it predicts masked words"):
+        run(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -11,19 +11,21 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForCausalLM
 
 from metier.model.adapters import add_adapter, load_adapter, save_adapter, unfreeze
 from metier.model.decoder import Decoder
+from metier.model.head import Classifier, load_head, save_head
 from metier.model.load import Base, load_base, starter_path
 from metier.progress import Progress, Silent
 from metier.task import TUNINGS, Lora, Training
 from metier.text.template import Renderer
-from metier.training import sft
+from metier.training import classify, sft
 from metier.training.batches import Batch, Row
 from metier.training.scoring import Scorer
 from metier.training.sft import answer_loss, default_learning_rate, fit
-from tests.training.families import FAMILIES, write_base
+from tests.training.families import ENCODERS, FAMILIES, write_base
 from tests.training.test_sft import rows_of
 
 TRAINING = Training(
@@ -206,3 +208,63 @@ def test_chosen_layers_alone_are_trained_in_every_family(
         names = [name for name, p in model.named_parameters() if p.requires_grad]
         assert names
         assert all(re.search(r"\.(layers|h)\.1\.", name) for name in names), names
+
+
+LABELS = ("bird", "fish", "tree")
+HEADS = [(family, kind) for family in ENCODERS for kind in ("full", "lora")]
+HEADS += [("Bert", "dora"), ("Bert", "ia3"), ("Roberta", "rslora"), ("ModernBert", "pissa")]
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {family: write_base(tmp_path_factory.mktemp(family), family) for family in ENCODERS}
+
+
+def head_on(path: Path, kind: str) -> tuple[Base, Classifier, list[Row]]:
+    base, model, rows = prepared(path, kind, TRAINING)
+    labelled = [
+        Row(row.ids[: row.trained.index(True)], (False,) * row.trained.index(True), number % 3)
+        for number, row in enumerate(rows)
+    ]
+    return base, Classifier(model, LABELS), labelled
+
+
+@torch.inference_mode()
+def plain_head(base: Path, kind: str, directory: Path, rows: Sequence[Row]) -> torch.Tensor:
+    """What docs/heads.md says to do with the files: the library, a row at a time, and a product."""
+    start = base if TUNINGS[kind].adapter else directory
+    model = AutoModel.from_pretrained(start, dtype=torch.float32)
+    model = (PeftModel.from_pretrained(model, directory) if start == base else model).eval()
+    head = load_file(directory / "head.safetensors")
+    hidden = [model(input_ids=torch.tensor([row.ids])).last_hidden_state[0] for row in rows]
+    return torch.stack([head["weight"] @ one.mean(0) + head["bias"] for one in hidden])
+
+
+@torch.inference_mode()
+def our_head(classifier: Classifier, rows: Sequence[Row]) -> torch.Tensor:
+    """Side by side; the rows stand longest first."""
+    batch = Batch.of(rows)
+    return classifier.eval()(batch.ids, batch.lengths)
+
+
+@pytest.mark.parametrize(("family", "kind"), HEADS)
+def test_a_head_on_an_encoder_is_what_others_read(
+    encoders: dict[str, Path], tmp_path: Path, family: str, kind: str
+) -> None:
+    base, classifier, rows = head_on(encoders[family], kind)
+    loss = classify.head_loss(classifier)
+    rate = default_learning_rate(classifier.model, TUNINGS[kind])
+    state = fit(classifier, loss, rows, rows, TRAINING, learning_rate=rate, seed=0)
+    assert state.step == 20
+    assert state.best_loss < 0.95 * torch.tensor(3.0).log(), "of equal probabilities"
+    rows.sort(key=lambda row: -len(row.ids))
+    found = our_head(classifier, rows)
+    write(Tuned(base, classifier.model, [], 0, 0), kind, tmp_path)
+    save_head(classifier, tmp_path)
+    expected = plain_head(encoders[family], kind, tmp_path, rows)
+    assert torch.allclose(found, expected, atol=1e-4, rtol=1e-4)
+    again = load(encoders[family] if TUNINGS[kind].adapter else tmp_path)
+    model = load_adapter(again, tmp_path) if TUNINGS[kind].adapter else again.model
+    assert torch.allclose(our_head(load_head(model, tmp_path), rows), found, atol=1e-5)
+    untrained = our_head(load_head(load(encoders[family]).model, tmp_path), rows)
+    assert not torch.allclose(untrained, found, atol=1e-3), "the encoder itself has learned"

@@ -41,3 +41,15 @@ def test_adamw_decays_matrices_and_moves_only_what_is_trained() -> None:
     for name, parameter in model.named_parameters():
         share = 1 - 0.1 * 0.5 if name == "0.weight" else 1
         assert torch.allclose(parameter, before[name] * share)
+
+
+def test_a_head_has_a_rate_of_its_own_where_it_is_given_one() -> None:
+    model = torch.nn.ModuleDict({"model": torch.nn.Linear(3, 3), "head": torch.nn.Linear(3, 2)})
+    rates = {
+        id(parameter): group["lr"]
+        for group in adamw(model, 0.1, 0.5, 0.7).param_groups
+        for parameter in group["params"]
+    }
+    found = {name: rates[id(parameter)] for name, parameter in model.named_parameters()}
+    assert found == {"model.weight": 0.1, "model.bias": 0.1, "head.weight": 0.7, "head.bias": 0.7}
+    assert {group["lr"] for group in adamw(model, 0.1, 0.5).param_groups} == {0.1}

@@ -11,6 +11,7 @@ from metier.config import Config
 from metier.data import prepare
 from metier.data.labels import alike
 from metier.data.split import PARTS, Parts
+from metier.graders.labels import labels_of
 from metier.records import Example
 from metier.task import Kind
 
@@ -47,7 +48,7 @@ class Audit(Config):
     answer_characters: Lengths
     answer_words: Lengths
     labels: dict[str, int] = {}
-    """Rows of each label of a classification, the most frequent first."""
+    """Rows of each label, the most frequent first."""
     imbalance: float | None = None
     """Rows of the most frequent label for one row of the rarest."""
     identical: Finding
@@ -78,7 +79,7 @@ def audit(parts: Parts, kind: Kind, near_duplicate: float) -> Audit:
 
     """
     rows = [row for name in PARTS for row in getattr(parts, name)]
-    labels = Counter(row.answer for row in rows) if kind == "classification" else Counter[str]()
+    labels = Counter(label for row in rows for label in labels_of(row.answer, kind))
     counts = [count for _, count in labels.most_common()]
     return Audit(
         rows=len(rows),

@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 
+from metier.graders.labels import labels_of
 from metier.records import Example
 from metier.task import Kind, Retrieval, Task, Training
 
@@ -45,7 +46,7 @@ def caps(kind: Kind, examples: Sequence[Example], sizes: Mapping[str, int]) -> d
     held = sizes["validation"] + sizes["test"]
     if sizes["train"] * training + held * answering <= seconds:
         return {}
-    labels = len({row.answer for row in examples}) if kind == "classification" else 0
+    labels = len({label for row in examples for label in labels_of(row.answer, kind)})
     # Half the time at most is for answers, two thirds of them to the test part.
     test = _round(max(2 * labels, 200, min(1000, seconds / 2 / answering / 1.5)))
     found = {"max_validation": max(labels, test // 2), "max_test": test}
@@ -70,7 +71,7 @@ def _seconds_per_row(kind: Kind, examples: Sequence[Example]) -> tuple[float, fl
     asked = sum(tokens(row.input) for row in rows) / len(rows)
     answers = [tokens(row.answer) for row in rows]
     answer = sum(answers) / len(rows)
-    labels = {row.answer for row in examples} if kind == "classification" else set()
+    labels = {label for row in examples for label in labels_of(row.answer, kind)}
     named = sum(map(tokens, labels))
     # prompt; few-shot and rag; the tuned arm with every seed.
     shown = min(CONTEXT, named + shots * (asked + answer) + asked)

@@ -22,11 +22,13 @@ from metier.data.sources import read_examples
 from metier.data.split import read_parts
 from metier.errors import DataError
 from metier.graders import json_text
+from metier.graders.labels import labels_of, read_labels
 from metier.records import Example
-from metier.task import Columns, Kind, Task
+from metier.task import LABELLED, Columns, Kind, Task
 
 _FILE_NAMES = ("train", "trainset", "data", "dataset", "examples", "rows", "dev", "devset", "test")
 _SMALL = 200
+_LONGEST_LABEL = 80
 # Share of rows without which next to nothing is left.
 _NEARLY_ALL = 0.9
 # Share of test rows on which two arms differ, in a typical comparison.
@@ -43,6 +45,12 @@ _WORDING: dict[Kind, dict[str, str]] = {
         "better": "The right label also where two labels are close.",
         "bad": "Another label, a name that is no label, or more than the label.",
         "instruction": "Name the label that fits the text.",
+    },
+    "multi-label": {
+        "good": "All labels that fit the input and no other, spelled as in the list of labels.",
+        "better": "The right labels also where one of them is only hinted at.",
+        "bad": "A label that does not fit, one left out, a name that is no label, or other words.",
+        "instruction": "Name all labels that fit the text, as a JSON list.",
     },
     "extraction": {
         "good": "Exactly what the input says, in the form of the examples; nothing invented.",
@@ -250,10 +258,14 @@ def _about_parts(parts: Mapping[str, str]) -> list[str]:
 def _kind(examples: Sequence[Example]) -> tuple[Kind, str]:
     answers = [row.answer.strip() for row in examples]
     labels = Counter(answers)
-    short = all(len(label) <= 80 and "\n" not in label for label in labels)
+    short = all(len(label) <= _LONGEST_LABEL and "\n" not in label for label in labels)
+    if number := _listed_labels(answers):
+        return "multi-label", f"Every output is a list of some of {number} labels."
     if _all_json(answers):
         return "extraction", "Every output is JSON."
     if short and 2 <= len(labels) <= len(answers) / 5:
+        if lists := _separated(labels):
+            return "multi-label", lists
         return "classification", f"There are only {len(labels)} different outputs, all short."
     found = sum(_inside(row) for row in examples) / len(examples)
     if found >= 0.7:
@@ -262,6 +274,35 @@ def _kind(examples: Sequence[Example]) -> tuple[Kind, str]:
         f"{len(labels):,} different outputs in {len(answers):,} rows, "
         f"{found:.0%} of them in their input: free text."
     )
+
+
+def _listed_labels(answers: Sequence[str]) -> int:
+    """How many labels lists of short texts share; 0 where outputs are no such lists."""
+    if not _all_json(answers):
+        return 0
+    try:
+        labels = {label for answer in answers for label in read_labels(answer)}
+    except json_text.NotJson:
+        return 0
+    short = all(len(label) <= _LONGEST_LABEL for label in labels)
+    return len(labels) if short and 2 <= len(labels) <= len(answers) / 5 else 0
+
+
+def _separated(counts: Counter[str]) -> str:
+    """Why outputs are several labels in one text; empty where they are not."""
+    for sign in ",;|":
+        lists = [
+            name
+            for name in counts
+            if sign in name and all(part.strip() in counts for part in name.split(sign))
+        ]
+        rows = sum(counts[name] for name in lists)
+        if rows > sum(counts.values()) / 50:
+            return (
+                f"{rows:,} rows have several labels, such as '{lists[0]}'. Where such a text is "
+                "one label, set kind: classification."
+            )
+    return ""
 
 
 def _all_json(answers: Sequence[str]) -> bool:
@@ -284,9 +325,10 @@ def _add_words(text: _Text, kind: Kind, examples: Sequence[Example]) -> None:
     text.add("bad", words["bad"])
     asked = json_text.ask_for_keys([row.answer for row in examples]) or words["instruction"]
     text.add("instruction", asked, "What prompted arms tell the model to do.")
-    if kind == "classification":
-        refuse_same(examples)
-        counts = Counter(row.answer.strip() for row in examples)
+    if kind in LABELLED:
+        if kind == "classification":
+            refuse_same(examples)
+        counts = Counter(label for row in examples for label in labels_of(row.answer.strip(), kind))
         rare = sorted(label for label, count in counts.items() if count < 10)
         comments = [
             "The closed set of labels.",
@@ -294,21 +336,7 @@ def _add_words(text: _Text, kind: Kind, examples: Sequence[Example]) -> None:
         ]
         if rare:
             comments.append(f"Fewer than 10 rows: {json.dumps(rare[:10], ensure_ascii=False)}.")
-        text.add("labels", sorted(counts), *comments, *_about_lists(counts))
-
-
-def _about_lists(counts: Counter[str]) -> list[str]:
-    """A word on labels that look like lists of labels."""
-    for sign in ",;|":
-        lists = [n for n in counts if sign in n and all(part in counts for part in n.split(sign))]
-        rows = sum(counts[name] for name in lists)
-        if rows > sum(counts.values()) / 50:
-            return [
-                f"CAREFUL: {rows:,} rows have several labels, such as '{lists[0]}'. metier names "
-                "one label a row:",
-                "each such list counts as a label of its own. Keep one label a row if you can.",
-            ]
-    return []
+        text.add("labels", sorted(counts), *comments)
 
 
 def _add_arms(text: _Text, kind: Kind, examples: Sequence[Example]) -> None:
@@ -335,6 +363,8 @@ def _add_arms(text: _Text, kind: Kind, examples: Sequence[Example]) -> None:
 def _grader(kind: Kind, answers: Sequence[str]) -> tuple[str, str]:
     if kind == "classification":
         return "exact", "A label is right or wrong; macro-F1 is reported beside it."
+    if kind == "multi-label":
+        return "fields", "F1 of the labels of a row; micro-F1, macro-F1 and exact stand beside it."
     if _all_json(answers):
         return "fields", "The share of fields that are right; JSON validity is reported beside it."
     if kind == "extraction":

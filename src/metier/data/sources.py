@@ -8,6 +8,8 @@ from pathlib import Path
 from metier.data.files import Row, read_rows
 from metier.data.formats import Layout, find_layout, messages_of, missing_column, text_of
 from metier.errors import DataError
+from metier.graders.json_text import NotJson
+from metier.graders.labels import read_labels, write_labels
 from metier.records import Example, Message
 from metier.runs import fingerprint
 from metier.task import Columns, Format, Kind
@@ -28,7 +30,8 @@ def read_examples(
 
     Args:
         file: path (relative to `base_dir`), or ``builtin:NAME``.
-        kind: kind of the task; labels of a classification lose the blanks around them.
+        kind: kind of the task; labels lose the blanks around them, and several labels of a row
+            become a JSON list in alphabetical order.
         base_dir: the directory of task.yaml.
         format: how rows are laid out; ``auto`` finds it from the columns.
         columns: names of columns, where the format does not say them.
@@ -86,6 +89,8 @@ def _example(
     messages = messages_of(row, layout, answers)
     if kind == "classification":
         messages = (*messages[:-1], _label(messages[-1], row, layout))
+    if kind == "multi-label" and answers:
+        messages = (*messages[:-1], _labels(messages[-1], row))
     tools = _tools(row, layout)
     group = _cell(row, columns.group)
     time = _cell(row, columns.time)
@@ -105,9 +110,22 @@ def _label(answer: Message, row: Row, layout: Layout) -> Message:
         raise DataError(
             row.place,
             f"column '{layout.output}' is JSON, not one label",
-            "set kind: extraction, or name the column of the label",
+            "set kind: multi-label for a list of labels, or extraction; or name the column of the "
+            "label",
         )
     return {"role": "assistant", "content": (answer.get("content") or "").strip()}
+
+
+def _labels(answer: Message, row: Row) -> Message:
+    try:
+        found = read_labels(answer.get("content") or "")
+    except NotJson as problem:
+        raise DataError(
+            row.place,
+            f"its output cannot be read as labels: {problem}",
+            'write a list, ["a", "b"], or text with commas, a, b; [] where there is none',
+        ) from None
+    return {"role": "assistant", "content": write_labels(found)}
 
 
 def _tools(row: Row, layout: Layout) -> tuple[dict[str, object], ...]:

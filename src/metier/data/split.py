@@ -28,9 +28,10 @@ from metier.data import prepare
 from metier.data.labels import refuse_same
 from metier.data.sources import read_examples
 from metier.errors import DataError
+from metier.graders.labels import labels_of
 from metier.records import Example
 from metier.runs import fingerprint
-from metier.task import Kind, Task
+from metier.task import LABELLED, Kind, Task
 from metier.task import Split as SplitConfig
 
 Part = Literal["train", "validation", "test"]
@@ -90,8 +91,8 @@ def read_parts(task: Task, base_dir: Path) -> Parts:
 
     def read(file: str) -> list[Example]:
         rows = read_examples(file, task.kind, base_dir, data.format, data.columns)
-        if task.kind == "classification" and task.labels:
-            _refuse_unlisted(rows, task.labels)
+        if task.labels:
+            _refuse_unlisted(rows, task.labels, task.kind)
         return rows
 
     if data.file:
@@ -105,15 +106,17 @@ def read_parts(task: Task, base_dir: Path) -> Parts:
     )
 
 
-def _refuse_unlisted(rows: Sequence[Example], labels: Sequence[str]) -> None:
+def _refuse_unlisted(rows: Sequence[Example], labels: Sequence[str], kind: Kind) -> None:
     known = set(labels)
     for row in rows:
-        if row.answer not in known:
-            close = difflib.get_close_matches(row.answer, labels, n=1)
+        for label in labels_of(row.answer, kind):
+            if label in known:
+                continue
+            close = difflib.get_close_matches(label, labels, n=1)
             hint = f" (is it '{close[0]}'?)" if close else ""
             raise DataError(
                 row.source,
-                f"the label '{row.answer}' is not among the task's labels",
+                f"the label '{label}' is not among the task's labels",
                 f"mend the row{hint}, or add it to 'labels' in task.yaml",
             )
 
@@ -256,7 +259,7 @@ def _units(rows: Sequence[Example], cluster: Mapping[str, str]) -> dict[str, str
 class _Repair:
     """Moves units so that every part that may change has every label.
 
-    For kinds without labels, all rows count as one label: no part stays without rows.
+    Rows without labels count as one label: no part stays without rows.
     """
 
     def __init__(
@@ -266,7 +269,7 @@ class _Repair:
         self.labels: dict[str, set[str]] = defaultdict(set)
         for row in rows:
             self.rows[units[row.id]].append(row)
-            self.labels[units[row.id]].add(row.answer if kind == "classification" else "")
+            self.labels[units[row.id]].update(labels_of(row.answer, kind) or ("",))
         self.part = part
         self.moved = 0
 
@@ -315,14 +318,17 @@ class _Repair:
 
 
 def _warn_labels(parts: Mapping[Part, Sequence[Example]], kind: Kind, moved: int) -> list[str]:
-    if kind != "classification":
+    if kind not in LABELLED:
         return []
     warnings = []
     if moved:
         warnings.append(f"{moved} groups changed their part so that rare labels occur in every one")
-    known = {row.answer for rows in parts.values() for row in rows}
-    for name, rows in parts.items():
-        lacking = sorted(known - {row.answer for row in rows})
+    found = {
+        name: {label for row in rows for label in labels_of(row.answer, kind)}
+        for name, rows in parts.items()
+    }
+    for name, own in found.items():
+        lacking = sorted(set().union(*found.values()) - own)
         if lacking:
             more = f" and {len(lacking) - 5} more" if len(lacking) > 5 else ""
             warnings.append(
@@ -335,12 +341,17 @@ def _warn_labels(parts: Mapping[Part, Sequence[Example]], kind: Kind, moved: int
 def _cap(
     rows: list[Example], name: Part, limit: int | None, seed: int, kind: Kind
 ) -> tuple[list[Example], int]:
-    """The rows with the smallest hashes, every label in its share and at least once."""
+    """The rows with the smallest hashes, every label in its share and at least once.
+
+    Of a row with several labels the rarest counts.
+    """
     if limit is None or len(rows) <= limit:
         return rows, 0
     by_label: dict[str, list[Example]] = defaultdict(list)
+    counts = Counter(label for row in rows for label in labels_of(row.answer, kind))
     for row in sorted(rows, key=lambda row: _hash("cap", seed, row.id)):
-        by_label[row.answer if kind == "classification" else ""].append(row)
+        labels = labels_of(row.answer, kind) or ("",)
+        by_label[min(labels, key=lambda label: (counts[label], label))].append(row)
     if limit < len(by_label):
         raise DataError(
             f"split.max_{name}",
@@ -380,11 +391,12 @@ def _refuse_unusable(
             f"{len(rows)} rows of {total} are too few: at least {_SMALLEST[name]} are needed",
             remedy,
         )
-    if kind == "classification" and len({row.answer for row in parts["train"]}) < 2:
+    labels = {label for row in parts["train"] for label in labels_of(row.answer, kind)}
+    if kind in LABELLED and len(labels) < 2:
         raise DataError(
             "training part",
-            f"all {len(parts['train'])} rows have the same label",
-            "a classification needs two labels or more; is the right column named as output?",
+            f"all {len(parts['train'])} rows have the same label, or none",
+            "two labels or more are needed; is the right column named as output?",
         )
 
 

@@ -18,10 +18,13 @@ import numpy as np
 from metier.errors import RunError
 from metier.evaluation.schema import Sample
 from metier.graders import Grader, LabelSet
+from metier.graders.summary import same_labels
+from metier.model.calibration import calibration_error
 from metier.model.memory import give_back
 from metier.progress import Progress, Silent
 from metier.records import Chat, Completion, Example, Generator, Score, input_text, transcript
 from metier.runs import write_atomic
+from metier.task import Kind
 
 FILE = "graded.jsonl"
 _MOST_TIMED, _FEWEST_TIMED, _TIMED_SECONDS = 50, 12, 10.0
@@ -195,6 +198,30 @@ def confusion(labels: Sequence[str], graded: Sequence[Graded]) -> tuple[tuple[in
         (label_set.row(item.example.answer), label_set.row(item.completion.text)) for item in graded
     )
     return tuple((true, answered, counts[true, answered]) for true, answered in sorted(counts))
+
+
+def calibration(kind: Kind, labels: Sequence[str], graded: Sequence[Graded]) -> dict[str, float]:
+    """`ece`, and `ece_uncalibrated` where the arm was calibrated; empty without probabilities.
+
+    Requests that were refused have no answer whose probability could be right.
+    """
+    label_set = LabelSet(labels)
+
+    def is_right(item: Graded) -> bool:
+        if kind == "multi-label":
+            return same_labels(item.completion.text, item.example.answer)
+        place = label_set.row(item.example.answer)
+        return place == label_set.row(item.completion.text) != len(labels)
+
+    asked = [item for item in graded if item.completion.probability is not None]
+    right = [is_right(item) for item in asked]
+    names = {"ece": "probability", "ece_uncalibrated": "uncalibrated"}
+    given = {name: [getattr(i.completion, field) for i in asked] for name, field in names.items()}
+    return {
+        name: calibration_error(values, right)
+        for name, values in given.items()
+        if values and None not in values
+    }
 
 
 def won_and_lost(

@@ -74,7 +74,9 @@ class ArmResult(Config):
     score: Estimate
     """Mean test score, 0 to 1; over all seeds for a tuned arm."""
     metrics: dict[str, float] = {}
-    """Further metrics of the task, e.g. macro_f1, valid_json, invalid_answers."""
+    """Further metrics of the task, e.g. macro_f1, valid_json, invalid_answers. Of arms that give
+    probabilities, ece: the expected calibration error over 15 bins of equally many answers, and
+    ece_uncalibrated: the same before calibration."""
     validation_score: float
     """Mean validation score, 0 to 1: what choices were made on."""
     difference: Estimate | None = None

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from statistics import fmean
 
 from metier.evaluation import advice, explain
 from metier.evaluation.comparison import (
@@ -25,6 +26,7 @@ from metier.evaluation.phrases import Chance, Outcome
 from metier.evaluation.schema import DataSummary, Verdict
 from metier.evaluation.statistics import Clusters
 from metier.evaluation.units import percent
+from metier.graders.labels import read_labels, write_labels
 from metier.task import Task
 
 _NEAR_ZERO = 0.02
@@ -101,6 +103,8 @@ def _best(arms: Iterable[Compared]) -> Compared | None:
 
 def chance(task: Task, expected: Sequence[str], labels: Sequence[str]) -> Chance:
     """What answers without understanding would score on the test part."""
+    if task.kind == "multi-label" and expected:
+        return _constant(expected)
     commonest = Counter(expected).most_common(1)[0][1] / len(expected) if expected else 0.0
     if task.kind != "classification" or not expected:
         level = _NEAR_ZERO
@@ -115,6 +119,26 @@ def chance(task: Task, expected: Sequence[str], labels: Sequence[str]) -> Chance
         return Chance(guessing, words, guessing)
     words = f"always answering the commonest label ({percent(commonest)})"
     return Chance(commonest, words, guessing)
+
+
+def _constant(expected: Sequence[str]) -> Chance:
+    """The commonest labels of all, whatever is asked: the best of the two simplest answers.
+
+    By the mean F1 of a row's labels, which is what the default grader gives.
+    """
+    sets = [set(read_labels(answer)) for answer in expected]
+    single = Counter(label for own in sets for label in own).most_common(1)
+    whole = Counter(expected).most_common(1)[0][0]
+    scores = {
+        write_labels(answer): fmean(
+            2 * len(own & answer) / (len(own) + len(answer)) if own or answer else 1.0
+            for own in sets
+        )
+        for answer in ({label for label, _ in single}, set(read_labels(whole)))
+    }
+    best = max(scores, key=lambda answer: scores[answer])
+    level = scores[best]
+    return Chance(level, f"always answering {best} ({percent(level)})", level)
 
 
 def _verdict(task: Task, outcome: Outcome) -> Verdict:

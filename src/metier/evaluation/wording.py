@@ -61,6 +61,11 @@ def default_instruction(task: Task, answers: Sequence[str]) -> str:
 def _ask(kind: Kind, for_keys: str) -> str:
     if kind == "classification":
         return "Choose the label that fits the text. Answer with the label only."
+    if kind == "multi-label":
+        return (
+            "Choose all labels that fit the text. Answer with a JSON list of labels only, such as "
+            '["first","second"], or [] where none fits.'
+        )
     if for_keys:
         return for_keys
     if kind == "extraction":

@@ -45,7 +45,7 @@ def load_grader(
     ``python:FILE.py:FUNCTION``, and auto, which is
 
     - exact for classification;
-    - fields where every expected output is a JSON object or list;
+    - fields where every expected output is a JSON object or list, as for multi-label;
     - token_f1 for other extraction: short spans, in which every word counts and order does not;
     - rouge_l for other expansion: running text, in which order counts.
 
@@ -94,6 +94,8 @@ def _expand(name: str, kind: Kind, answers: Sequence[str]) -> dict[str, Any]:
 def _automatic(kind: Kind, answers: Sequence[str]) -> str:
     if kind == "classification":
         return "exact"
+    if kind == "multi-label":
+        return "fields"
     if answers and all(map(_is_json, answers)):
         return "fields"
     return "token_f1" if kind == "extraction" else "rouge_l"

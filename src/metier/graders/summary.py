@@ -8,6 +8,7 @@ from statistics import fmean
 
 from metier.graders.base import Grader
 from metier.graders.json_text import NotJson, parse
+from metier.graders.labels import read_labels
 from metier.graders.wording import case_is_meaningless, normalise
 from metier.records import Example, Score
 from metier.task import Kind
@@ -42,6 +43,9 @@ def summarise(
       over examples.
     - classification: accuracy; macro_f1, the unweighted mean of F1 over the labels that some
       example has; invalid_answers, the share of outputs that are no label.
+    - multi-label: micro_f1 over all labels of all examples; macro_f1 as above; exact, the share of
+      outputs that name just the expected labels; invalid_answers, the share that is no list of
+      labels of the set.
     - other kinds: exact, the share of outputs that equal the expected ones. Where these name spans
       (`text.spans`): span_precision, span_recall and span_f1 over the spans of all examples, as
       CoNLL's evaluation has them (Tjong Kim Sang and De Meulder 2003), but told apart by their
@@ -62,6 +66,8 @@ def summarise(
         metrics[part] = fmean(score.parts.get(part, 0.0) for score in scores)
     if kind == "classification":
         return metrics | _classification(pairs, labels)
+    if kind == "multi-label":
+        return metrics | _several(pairs, labels)
     exact = [normalise(output) == normalise(example.answer) for output, example, _ in pairs]
     return metrics | {"exact": fmean(exact)} | _spans(pairs)
 
@@ -109,3 +115,42 @@ def _classification(
         "macro_f1": fmean(2 * right[k] / (of_true[k] + of_answered[k]) for k in of_true),
         "invalid_answers": of_answered[invalid] / len(pairs),
     }
+
+
+def same_labels(output: str, expected: str) -> bool:
+    """Whether an output lists just the expected labels."""
+    return _listed(output) == set(read_labels(expected))
+
+
+def _several(
+    pairs: Sequence[tuple[str, Example, Score]], labels: Sequence[str]
+) -> dict[str, float]:
+    true = [set(read_labels(example.answer)) for _, example, _ in pairs]
+    known = set(labels) or set().union(*true)
+    answered, invalid = [], 0
+    for output, _, _ in pairs:
+        found = _listed(output)
+        invalid += found is None or not found <= known
+        answered.append(found or set())
+    hits, given, wanted = (
+        Counter(label for labels in sets for label in labels)
+        for sets in (map(set.intersection, true, answered), answered, true)
+    )
+    return {
+        "micro_f1": _f1(hits.total(), given.total(), wanted.total()),
+        "macro_f1": fmean(_f1(hits[k], given[k], wanted[k]) for k in wanted) if wanted else 1.0,
+        "exact": fmean(same_labels(output, example.answer) for output, example, _ in pairs),
+        "invalid_answers": invalid / len(pairs),
+    }
+
+
+def _listed(output: str) -> set[str] | None:
+    """The labels of an output that is a JSON list of them, as was asked for."""
+    try:
+        return set(read_labels(output)) if isinstance(parse(output), list) else None
+    except NotJson:
+        return None
+
+
+def _f1(hits: int, given: int, wanted: int) -> float:
+    return 2 * hits / (given + wanted) if given + wanted else 1.0

@@ -16,6 +16,7 @@ import torch
 from metier.errors import ConfigError, ModelError
 from metier.model import starts
 from metier.model.backbone import decoder_layers
+from metier.model.encoder import is_encoder
 from metier.runs import write_atomic
 from metier.task import TUNINGS, Training
 
@@ -122,7 +123,7 @@ def load_adapter(base: Base, directory: Path) -> PeftModel:
     from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
     _check_base(base, directory)
-    config = _read_config(directory)
+    config = _read_config(directory, _task_type(base.model))
     weights = _read_weights(directory)
     _check_tokens(base, config, directory)
     try:
@@ -144,7 +145,7 @@ def _new_config(
     from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig
     from transformers.pytorch_utils import Conv1D
 
-    tuning, task = TUNINGS[kind], "CAUSAL_LM"
+    tuning, task = TUNINGS[kind], _task_type(model)
     if tuning.adapter == "PROMPT_TUNING":
         return PromptTuningConfig(task_type=task, num_virtual_tokens=training.virtual_tokens)
     if tuning.adapter == "PREFIX_TUNING":
@@ -171,6 +172,11 @@ def _new_config(
         use_rslora=kind == "rslora",
         use_dora=kind == "dora",
     )
+
+
+def _task_type(model: PreTrainedModel) -> str:
+    """PEFT's name of what a model is for; an encoder has no head of PEFT's own."""
+    return "FEATURE_EXTRACTION" if is_encoder(model.config) else "CAUSAL_LM"
 
 
 def _numbers(model: PreTrainedModel, layers: Sequence[int]) -> list[int]:
@@ -257,7 +263,7 @@ def _token_places(model: PreTrainedModel, new_ids: Sequence[int]) -> dict[str, l
     embeddings = language_model.get_input_embeddings()
     head = language_model.get_output_embeddings()
     tables: list[Any] = [embeddings]
-    if head.weight is not embeddings.weight:
+    if head is not None and head.weight is not embeddings.weight:
         tables.append(head)
         if getattr(head, "bias", None) is not None:
             raise ModelError(
@@ -283,7 +289,7 @@ def _check_base(base: Base, directory: Path) -> None:
         )
 
 
-def _read_config(directory: Path) -> PeftConfig:
+def _read_config(directory: Path, task: str) -> PeftConfig:
     """Only the fields that matter, so that nothing in the file can name code to import."""
     from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig
 
@@ -302,7 +308,7 @@ def _read_config(directory: Path) -> PeftConfig:
         raise ModelError(str(file), "names no target_modules", "train or fetch the adapter again")
     known = {name: values[name] for name in _FIELDS[kind] if name in values}
     try:
-        config: PeftConfig = kinds[kind](task_type="CAUSAL_LM", inference_mode=True, **known)
+        config: PeftConfig = kinds[kind](task_type=task, inference_mode=True, **known)
     except (TypeError, ValueError) as error:
         raise _misfit(directory, str(error)) from None
     return config

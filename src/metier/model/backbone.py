@@ -1,14 +1,16 @@
-"""Hidden states and output head of a causal language model, with or without an adapter."""
+"""Hidden states and output head of a language model, with or without an adapter."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from metier.errors import ModelError
+from metier.model import encoder
 from metier.model.prelude import behind, prelude, virtual_tokens
 from metier.model.rows import side_by_side
 from metier.model.world import is_in_parts
@@ -30,7 +32,11 @@ def context_of(model: Any) -> int | None:
     Virtual tokens take their places first.
     """
     limit = context_in(model.config)
-    return limit if limit is None else limit - virtual_tokens(model)
+    if limit is None:
+        return None
+    if encoder.is_encoder(model.config):
+        return limit - encoder.first_position(model)
+    return limit - virtual_tokens(model)
 
 
 def context_in(config: PretrainedConfig) -> int | None:
@@ -61,13 +67,17 @@ def hidden_states(
     """Final hidden states, shape (tokens, hidden).
 
     Args:
-        model: any causal language model.
+        model: any causal language model, or an encoder.
         ids: of rows that stand one behind the other, shape (tokens,).
         lengths: of the rows, longest first.
 
     """
     language_model = inner(model)
-    backbone: Any = getattr(language_model, language_model.base_model_prefix)
+    backbone: Any = language_model.base_model
+    context, at_once = context_of(model), is_in_parts(language_model)
+    if encoder.is_encoder(language_model.config):
+        both_ways = partial(encoder.read, backbone)
+        return side_by_side(both_ways, encoder.marked(ids), lengths, context, at_once=at_once)
     before = prelude(model)
 
     def read(padded: Tensor) -> Tensor:
@@ -75,7 +85,7 @@ def hidden_states(
         found: Tensor = backbone(input_ids=padded, **past).last_hidden_state
         return found
 
-    return side_by_side(read, ids, lengths, context_of(model), at_once=is_in_parts(language_model))
+    return side_by_side(read, ids, lengths, context, at_once=at_once)
 
 
 def output_weight(model: PreTrainedModel | PeftModel) -> Callable[[], Tensor] | None:

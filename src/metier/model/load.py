@@ -1,4 +1,4 @@
-"""Load a base: a pre-trained causal language model with its tokenizer, checked before use.
+"""Load a base: a pre-trained language model or encoder with its tokenizer, checked before use.
 
 Weights are safetensors only and remote code is never run. Encoder-decoder models are not there
 yet: they need an entry in `_model_class` and an engine of their own.
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from metier.errors import ModelError
-from metier.model import quantised
+from metier.model import encoder, quantised
 from metier.model.device import choose_device, compute_dtype
 from metier.progress import no_weight_bar
 from metier.runs import file_hash, fingerprint
@@ -37,7 +37,7 @@ class Base:
     """A loaded base.
 
     Attributes:
-        model: the causal language model, in evaluation mode.
+        model: the causal language model, or an encoder without any head, in evaluation mode.
         tokenizer: its tokenizer.
         name: what the user called it.
         path: the directory it was read from.
@@ -92,10 +92,12 @@ def load_base(
     path = locate(name)
     files = _weight_files(path)
     config = _config(path)
-    tokenizer = Tokenizer.load(path)
+    tokenizer = load_tokenizer(path)
     target = choose_device(device)
     dtype = dtype or compute_dtype(target)
     model = _model(path, config, dtype, quantised.arguments(dtype, target) if four_bit else {})
+    if encoder.is_encoder(config):
+        encoder.check_padding(model, str(path))
     _check_vocabulary(model, tokenizer, path)
     return Base(
         model=model.to(target).eval(),  # type: ignore[arg-type]
@@ -124,6 +126,21 @@ def base_config(name: str) -> PretrainedConfig:
     config = _config(path)
     _model_class(path, config)
     return config
+
+
+def is_encoder_base(name: str) -> bool:
+    """Whether a base is an encoder, without loading its weights.
+
+    Raises:
+        ModelError: it is missing, or of an unknown kind.
+
+    """
+    return encoder.is_encoder(base_config(name))
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a base, which writes what an encoder wants around a text."""
+    return Tokenizer.load(path, encoder=encoder.is_encoder(_config(path)))
 
 
 def locate(name: str) -> Path:
@@ -226,23 +243,25 @@ def _json(file: Path) -> dict[str, Any]:
     return value
 
 
-def _model_class(path: Path, config: PretrainedConfig) -> Any:
-    """The class for a config; the place where encoder-decoder models will come in."""
+def _model_class(path: Path, config: PretrainedConfig) -> tuple[Any, dict[str, Any]]:
+    """The class for a config and its arguments; here encoder-decoder models will come in."""
     from transformers import AutoModelForCausalLM
 
-    remedy = "choose a causal (decoder-only) language model"
+    if encoder.is_encoder(config):
+        return encoder.encoder_class(config)
+    remedy = "choose a causal (decoder-only) language model, or an encoder for a head"
     if config.is_encoder_decoder:
         raise ModelError(str(path), "is an encoder-decoder model", remedy)
     known: Any = AutoModelForCausalLM._model_mapping
     if type(config) not in known:
         raise ModelError(str(path), f"is a {config.model_type} model", remedy)
-    return known[type(config)]
+    return known[type(config)], {}
 
 
 def _model(
     path: Path, config: PretrainedConfig, dtype: torch.dtype, quantisation: dict[str, Any]
 ) -> PreTrainedModel:
-    kind = _model_class(path, config)
+    kind, arguments = _model_class(path, config)
     try:
         with no_weight_bar():
             model, report = kind.from_pretrained(
@@ -253,6 +272,7 @@ def _model(
                 # Named here, because a config may name attention code to be fetched from the Hub.
                 attn_implementation="sdpa" if kind._supports_sdpa else "eager",
                 output_loading_info=True,
+                **arguments,
                 **quantisation,
             )
     except Exception as error:  # transformers raises many unrelated kinds
@@ -266,7 +286,7 @@ def _model(
         raise ModelError(
             str(path),
             f"lacks {len(report['missing_keys'])} weights, e.g. {first}",
-            "this is not a whole causal language model; choose another base",
+            "this is not a whole language model or encoder; choose another base",
         )
     found: PreTrainedModel = model
     return found

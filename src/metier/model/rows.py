@@ -2,7 +2,8 @@
 
 Layers that look at each token alone read such rows as they lie, without any padding. What looks
 along a row, attention or a whole model, reads them side by side in groups of similar lengths,
-padded on the right, where causal attention never looks.
+padded on the right, where causal attention never looks and encoders are kept from looking
+(`encoder.marked`).
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ def side_by_side(
 
     Args:
         read: gives a value for every token, shape (rows, length, ...).
-        ids: of all rows, shape (tokens,).
+        ids: of all rows, shape (tokens, ...).
         lengths: of the rows, longest first.
         context: what `read` takes at most as length, if there is a limit.
         wanted: whose values are returned, shape (tokens,); by default all.

@@ -47,7 +47,8 @@ def with_tokens_of(base: Base, directory: Path) -> Base:
     """
     if not (directory / _TOKENIZER).is_file():
         return base
-    tokenizer = Tokenizer.load(directory, base.tokenizer.stop_ids)
+    encoder = base.tokenizer.frame is not None
+    tokenizer = Tokenizer.load(directory, base.tokenizer.stop_ids, encoder=encoder)
     _grow(base.model, tokenizer.vocab_size)
     return replace(base, tokenizer=tokenizer)
 
@@ -62,5 +63,5 @@ def _rows(model: PreTrainedModel) -> list[Any]:
     """Weights and biases with one row for each token; those that are tied once."""
     language_model: Any = model
     embeddings, head = language_model.get_input_embeddings(), language_model.get_output_embeddings()
-    found = [embeddings.weight, head.weight, getattr(head, "bias", None)]
+    found = [embeddings.weight, getattr(head, "weight", None), getattr(head, "bias", None)]
     return list({id(rows): rows for rows in found if rows is not None}.values())

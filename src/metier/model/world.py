@@ -198,7 +198,7 @@ def shard(model: PreTrainedModel, world: World) -> None:
     mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (world.size,))
     for layer in layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
-    backbone: Any = getattr(model, model.base_model_prefix)
+    backbone: Any = model.base_model
     own = {id(parameter) for layer in layers for parameter in layer.parameters()}
     outside = {p for p in backbone.parameters() if id(p) not in own}
     fully_shard(backbone, mesh=mesh, ignored_params=outside)

@@ -123,12 +123,13 @@ def audit(task_file: Path, overrides: Sequence[str] = ()) -> Audit:
 def plan(task_file: Path, overrides: Sequence[str] = (), progress: Progress | None = None) -> Plan:
     """Estimate time and memory of every arm before anything runs."""
     from metier.model.device import set_up_processor
-    from metier.recipes import planning
+    from metier.recipes import making, planning
     from metier.recipes.workbench import open_workbench, read_task
 
     set_up_processor(progress)
     task = read_task(task_file, overrides)
     planning.check_machine(task)
+    making.check_bases(task)
     return planning.plan(open_workbench(task, task_file.parent), progress or Silent())
 
 

@@ -132,7 +132,8 @@ def predict(run: Path, file: Path, out: Path | None, arm: str | None, progress: 
 
     A line holds `row`, the number of the input in the file (the first is 1, a header does not
     count), `id`, `output` and `finished`, which is false where the answer was cut at the length
-    limit; `error` where there is none; `probability` where the arm has one. Until all are there,
+    limit; `error` where there is none; `probability` where the arm has one, and where an
+    answer may name several labels, `probabilities` of them all. Until all are there,
     they stand in a `.partial` file beside the target, from which the same call goes on.
 
     Raises:
@@ -240,6 +241,8 @@ def _line(number: int, name: str, answer: Completion | None) -> bytes:
         line["error"] = error
     if answer.probability is not None:
         line["probability"] = round(answer.probability, 6)
+    if answer.probabilities:
+        line["probabilities"] = {name: round(p, 6) for name, p in answer.probabilities.items()}
     return json.dumps(line, ensure_ascii=False).encode() + b"\n"
 
 

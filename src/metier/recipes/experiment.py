@@ -33,7 +33,7 @@ from metier.evaluation.verdict import decide
 from metier.graders import summarise
 from metier.model.world import joined
 from metier.progress import Progress
-from metier.recipes import planning, tuning
+from metier.recipes import making, planning, tuning
 from metier.recipes.finished import read_verdict
 from metier.recipes.stages import Stages, all_arms, to_json
 from metier.recipes.workbench import Workbench, open_workbench, read_task
@@ -78,6 +78,7 @@ def run(
     task = read_task(task_file, overrides)
     _check_reference(task)
     planning.check_machine(task)
+    making.check_bases(task)
     progress.stage("read and split the data")
     bench = open_workbench(task, task_file.parent)
     directory = Run(out)
@@ -120,6 +121,7 @@ def train_one(
     if not arm.tuned:
         raise ConfigError(f"arm '{arm.name}'", "is not trained", f"use {', '.join(TUNINGS)}")
     planning.check_machine(task)
+    making.check_bases(task)
     bench = open_workbench(task, task_file.parent)
     minutes, seed = task.budget if budget is None else budget, task.training.seeds[0]
     directory = Run(out)
@@ -285,7 +287,8 @@ class Experiment:
             latency_requests=candidate.latency.requests,
             prompt_tokens=float(np.mean([one.prompt_tokens for one in counted])),
             completion_tokens=float(np.mean([one.completion_tokens for one in counted])),
-            metrics=summarise(self._bench.task.kind, self._bench.grader, pairs, self._bench.labels),
+            metrics=summarise(self._bench.task.kind, self._bench.grader, pairs, self._bench.labels)
+            | self._calibration(candidate),
             seeds=tuple(_seed(f, graded) for f, graded in zip(facts, candidate.test, strict=True))
             if facts
             else (),
@@ -295,6 +298,12 @@ class Experiment:
             forgetting=candidate.forgetting,
             notes=(*candidate.notes, *tuning.notes(facts)),
         )
+
+    def _calibration(self, candidate: Candidate) -> dict[str, float]:
+        """Means over the trainings of an arm: each gives probabilities of its own."""
+        kind, labels = self._bench.task.kind, self._bench.labels
+        found = [runner.calibration(kind, labels, graded) for graded in candidate.test]
+        return {name: float(np.mean([one[name] for one in found])) for name in found[0]}
 
     def _facts(self, candidate: Candidate) -> list[tuning.Facts]:
         return (
@@ -308,7 +317,8 @@ class Experiment:
         won, lost = (
             ((), ()) if candidate is reference else runner.won_and_lost(best, reference.test[0])
         )
-        labels = self._bench.labels
+        # Which label stands for which other is only known where there is one.
+        labels = self._bench.labels if self._bench.task.kind == "classification" else ()
         return ArmDetails(
             arm=candidate.arm.name,
             won=won,

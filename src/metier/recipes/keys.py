@@ -11,18 +11,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from metier.model.load import base_hash, locate
+from metier.model.load import base_hash, load_tokenizer, locate
 from metier.recipes.workbench import Workbench
 from metier.records import Example
 from metier.runs import fingerprint
 from metier.task import TUNINGS, Arm
 from metier.text.template import Renderer
-from metier.text.tokenizer import Tokenizer
 
 Inputs = dict[str, Any]
 
 # Raise when stored results of older code must not be reused.
-_EDITION = 7
+_EDITION = 8
 _REHEARSAL = 2
 
 
@@ -55,6 +54,8 @@ class Keys:
             "arm": arm.name,
             "data": self._bench.train_identity,
         }
+        if self._bench.task.kind == "multi-label":  # which are learned otherwise
+            found["kind"] = self._bench.task.kind
         if arm.method == "classical":
             return found
         if arm.method != "remote":
@@ -109,8 +110,10 @@ class Keys:
         unread -= arm.tuning.reads if arm.tuning else frozenset()
         if arm.headed:
             unread.add("rehearsal")
+        if arm.mode != "head":
+            unread.add("class_weights")
         training = self._bench.task.training.model_dump(mode="json", exclude=unread)
-        for field in ("layers", "added_tokens"):
+        for field in ("layers", "added_tokens", "class_weights"):
             if not training.get(field):  # as if the field had never been there
                 training.pop(field, None)
         found: Inputs = {"training": training, "seed": seed}
@@ -155,7 +158,7 @@ class Keys:
         """What decides a base's answers: its weights, and how text and chats become ids."""
         name = arm.base or self._bench.task.bases()[0]
         if name not in self._bases:
-            tokenizer = Tokenizer.load(locate(name))
+            tokenizer = load_tokenizer(locate(name))
             self._bases[name] = {
                 "weights": base_hash(name),
                 "tokenizer": tokenizer.fingerprint,

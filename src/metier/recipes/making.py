@@ -24,17 +24,17 @@ from metier.model.backbone import context_of
 from metier.model.device import choose_device, compute_dtype
 from metier.model.generate import Engine
 from metier.model.head import HeadGenerator, load_head, with_head
-from metier.model.load import Base, base_hash, load_base
+from metier.model.load import Base, base_hash, is_encoder_base, load_base
 from metier.model.prelude import virtual_tokens
 from metier.model.tagger import TagGenerator, Tagger
 from metier.model.vocabulary import add_tokens, with_tokens_of
 from metier.progress import Progress
 from metier.recipes.workbench import Workbench
 from metier.records import Chat, Completion, Example, Generator
-from metier.task import Arm
+from metier.task import LABELLED, Arm, Task
 from metier.text import tags
 from metier.text.template import Renderer
-from metier.training import preflight, tagging
+from metier.training import classify, preflight, tagging
 from metier.training.preflight import Prepared
 
 CHOOSE_ON = 40
@@ -138,6 +138,39 @@ def _check_base(bench: Workbench, arm: Arm, directory: Path, expected: str) -> N
 def base_name(bench: Workbench, arm: Arm) -> str:
     """Name of the base of an arm."""
     return arm.base or bench.task.bases()[0]
+
+
+def check_bases(task: Task) -> None:
+    """Refuse arms that an encoder cannot be, before anything is loaded.
+
+    Raises:
+        ConfigError: it is asked to write, or to read behind virtual tokens, which takes causality.
+        ModelError: a base is missing.
+
+    """
+    for arm in task.chosen_arms():
+        virtual = arm.tuning is not None and "virtual_tokens" in arm.tuning.reads
+        if arm.method in ("classical", "remote") or (arm.mode == "head" and not virtual):
+            continue
+        for base in filter(is_encoder_base, task.bases()):
+            raise ConfigError(
+                f"arm '{arm.name}'",
+                f"cannot be made of '{base}', an encoder: it reads texts "
+                + (
+                    "in both directions, not behind virtual tokens"
+                    if virtual
+                    else "and writes none"
+                ),
+                "choose other arms for it, such as arms: [classical, lora/head, full/head] with "
+                "kind: classification; or a causal language model as base",
+            )
+
+
+def reading_passes(bench: Workbench, arm: Arm) -> int:
+    """Passes over the inputs before an arm learns labels; an encoder does not predict text."""
+    if arm.mode != "head" or is_encoder_base(base_name(bench, arm)):
+        return 0
+    return classify.READING_PASSES
 
 
 def load_engine(bench: Workbench, arm: Arm, tuned: Path | None) -> Engine:
@@ -282,7 +315,8 @@ def write_about(
 
 def fit_classical(bench: Workbench, directory: Path) -> None:
     """Fit the classical arm and write it."""
-    Classical.fit(bench.parts.train, bench.parts.validation).save(directory)
+    parts = bench.parts
+    Classical.fit(parts.train, parts.validation, bench.task.kind).save(directory)
 
 
 def composer(bench: Workbench, arm: Arm, fits: arms.Fits, phrasing: str) -> Any:
@@ -392,8 +426,8 @@ def _composed(bench: Workbench, arm: Arm, engine: Engine, phrasing: str) -> Buil
 
 
 def _label_ends(bench: Workbench) -> tuple[str, ...]:
-    """A label is one line; a model that was not taught to stop goes on with more of its own."""
-    return ("\n",) if bench.task.kind == "classification" else ()
+    """Labels are one line; a model that was not taught to stop goes on with more of its own."""
+    return ("\n",) if bench.task.kind in LABELLED else ()
 
 
 def _fitted(generator: Generator, engine: Engine) -> Built:

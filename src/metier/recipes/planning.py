@@ -21,7 +21,9 @@ from metier.data.split import PARTS
 from metier.errors import BudgetError
 from metier.evaluation import forgetting, runner, units
 from metier.evaluation.wording import phrasings
+from metier.model.backbone import hidden_states
 from metier.model.decoder import evaluating, has_plain_cache, read_prefix
+from metier.model.encoder import is_encoder
 from metier.model.generate import Engine
 from metier.model.load import load_base
 from metier.model.memory import SLACK, PeakMemory, give_back, resident
@@ -33,8 +35,9 @@ from metier.recipes.workbench import Workbench
 from metier.task import Arm, Task
 from metier.text import tags
 from metier.text.template import Renderer
-from metier.training import classify, rehearsal, sft
+from metier.training import rehearsal, sft
 from metier.training.batches import Batch, Row
+from metier.training.forward import forward_of
 from metier.training.scoring import Scorer
 
 _SAMPLED = 24
@@ -253,7 +256,8 @@ class _Base:
             for prepared in making.prepare(self._bench, arm, self._kept[_model_of(arm)])
         )
         training = self._bench.task.training
-        passes = training.epochs + (classify.READING_PASSES if arm.mode == "head" else 0)
+        base = arm.model_copy(update={"base": self._name})
+        passes = training.epochs + making.reading_passes(self._bench, base)
         # Validation is read only: a third of the work.
         tokens = passes * (train + held / 3)
         again, writing = self._rehearsal(arm)
@@ -376,6 +380,10 @@ def _measured(
 
 def _speed(engine: Engine) -> Speed:
     length = _length(engine)
+    if is_encoder(engine.model.config):
+        with PeakMemory() as memory:
+            read = _rate(lambda rows: _read(engine, rows, length), length)
+        return Speed(read, write=math.inf, alone=math.inf, score=math.inf, answering=memory.peak)
     short = Engine(engine.model, engine.renderer, min(_WRITTEN, engine.max_new_tokens))
 
     def write(rows: int) -> None:
@@ -411,7 +419,7 @@ def _trained(speed: Speed, engine: Engine, longest: int) -> Speed:
         longest: tokens of the longest row.
 
     """
-    loss, length = sft.answer_loss(Scorer(engine.model)), _length(engine)
+    loss, length = _loss(engine.model), _length(engine)
     state = _STATE_BYTES * sum(p.numel() for p in engine.model.parameters() if p.requires_grad)
     rate = _rate(lambda rows: _train(loss, rows, length), length)
     return replace(
@@ -420,6 +428,14 @@ def _trained(speed: Speed, engine: Engine, longest: int) -> Speed:
         rehearse=min(_seconds_of(partial(_rehearse, loss), length) for _ in range(2)),
         training=_training_memory(loss, rate, longest) + state,
     )
+
+
+def _loss(model: Any) -> Callable[[Any], torch.Tensor]:
+    """Of answers; of an encoder, which has none, any that takes the same forward pass."""
+    if not is_encoder(model.config):
+        return sft.answer_loss(Scorer(model))
+    forward = forward_of(model)
+    return lambda batch: forward(batch.ids, batch.lengths).sum()
 
 
 def _training_memory(loss: Callable[[Any], torch.Tensor], rate: float, longest: int) -> int:
@@ -465,8 +481,8 @@ def _seconds_of(work: Callable[[int], Any], rows: int) -> float:
 
 @torch.inference_mode()
 def _read(engine: Engine, rows: int, length: int) -> None:
-    ids = torch.ones((rows, length), dtype=torch.long, device=engine.model.device)
-    engine.model(input_ids=ids, use_cache=False, logits_to_keep=1)
+    ids = torch.ones(rows * length, dtype=torch.long, device=engine.model.device)
+    hidden_states(engine.model, ids, [length] * rows)
 
 
 def _rehearse(loss: Callable[[Any], torch.Tensor], length: int) -> None:

@@ -22,6 +22,7 @@ from metier.recipes import making
 from metier.recipes.workbench import Workbench
 from metier.task import Arm, Training
 from metier.training import classify, preflight, rehearsal, sft, tagging
+from metier.training.batches import Row
 from metier.training.loop import State
 from metier.training.scoring import Scorer
 
@@ -104,7 +105,7 @@ def tune(
         return
     if in_parts:
         base, tuned = making.load_trainable(bench, arm, seed, "cpu")
-        model = _with_head(bench, arm, tuned)
+        model = _again(model, tuned) if arm.headed else tuned
         model.load_state_dict(found, strict=False)
     _write(arm, base, model, directory)
     shutil.copyfile(scratch / "log.jsonl", directory / "log.jsonl")
@@ -141,7 +142,7 @@ def _with_head(bench: Workbench, arm: Arm, tuned: Any) -> Any:
 
 def _steps(bench: Workbench, arm: Arm, rows: preflight.Prepared) -> int:
     training = bench.task.training
-    passes = training.epochs + (classify.READING_PASSES if arm.mode == "head" else 0)
+    passes = training.epochs + making.reading_passes(bench, arm)
     return sft.row_batches(rows.rows, training, seed=0).steps_per_epoch * passes
 
 
@@ -162,7 +163,13 @@ def _fit(
     rate = sft.default_learning_rate(tuned, tuning)
     settings["learning_rate"] = training.learning_rate or rate
     if arm.mode == "head":
-        return _fit_head(model, bench.labels, training, rows, scratch, settings)
+        reading = making.reading_passes(bench, arm)
+        if not reading:  # of a base that does not learn to read first
+            settings["head_rate"] = sft.encoder_head_rate(tuned)
+        train, held = (
+            classify.label_rows(p.rows, p.examples, bench.labels, bench.task.kind) for p in rows
+        )
+        return _fit_head(model, reading, training, train, held, scratch, settings)
     train, held = (p.rows for p in rows)
     if arm.mode == "tags":
         loss, settings["judge"] = tagging.tag_loss(model), tagging.tag_judge(model)
@@ -178,28 +185,45 @@ def _fit(
 
 def _fit_head(
     classifier: Classifier,
-    labels: Sequence[str],
+    reading: int,
     training: Training,
-    rows: tuple[preflight.Prepared, preflight.Prepared],
+    train: list[Row],
+    held: list[Row],
     scratch: Path,
     settings: dict[str, Any],
 ) -> State:
-    """Learn to read the inputs, then their labels; seconds and skipped steps are those of both."""
-    train, held = (classify.label_rows(p.rows, p.examples, labels) for p in rows)
-    read = sft.fit(
-        classifier.model,
-        sft.answer_loss(Scorer(classifier.model)),
-        classify.reading_rows(train),
-        classify.reading_rows(held),
-        training.model_copy(update={"epochs": classify.READING_PASSES}),
-        directory=scratch / "reading",
-        **settings,
-    )
-    loss = classify.head_loss(classifier)
+    """Learn to read the inputs, then their labels, then how sure to be, on the validation rows.
+
+    Seconds and skipped steps are those of both trainings.
+    """
+    read = State()
+    if reading:
+        read = sft.fit(
+            classifier.model,
+            sft.answer_loss(Scorer(classifier.model)),
+            classify.reading_rows(train),
+            classify.reading_rows(held),
+            training.model_copy(update={"epochs": reading}),
+            directory=scratch / "reading",
+            **settings,
+        )
+    classify.start_at_shares(classifier, train)
+    weights = training.class_weights
+    counted = classify.class_weights(weights, train, classifier.labels) if weights else None
+    loss = classify.head_loss(classifier, counted)
     state = sft.fit(classifier, loss, train, held, training, directory=scratch, **settings)
+    classify.calibrate(classifier, held)
     return dataclasses.replace(
         state, seconds=read.seconds + state.seconds, skipped=read.skipped + state.skipped
     )
+
+
+def _again(headed: Classifier | Tagger, model: Any) -> Classifier | Tagger:
+    """The same head on another model."""
+    found = type(headed)(model, headed.labels)
+    if isinstance(headed, Classifier) and isinstance(found, Classifier):
+        found.calibration = headed.calibration
+    return found
 
 
 def _write(arm: Arm, base: Base, model: Any, directory: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,17 +14,18 @@ from typing import Any
 
 from metier.data.sources import read_examples
 from metier.data.split import Parts, corpus_overlap, not_looked_for, read_parts
-from metier.errors import DataError, RunError
+from metier.errors import ConfigError, DataError, RunError
 from metier.evaluation import arms
 from metier.evaluation.arms import Neighbours
 from metier.evaluation.forgetting import Material, load_material
 from metier.graders import Grader, load_grader
+from metier.graders.labels import labels_of
 from metier.records import Example
 from metier.retrieval.chunks import read_passages
 from metier.retrieval.index import Index
 from metier.retrieval.lexical import LexicalIndex
 from metier.runs import fingerprint
-from metier.task import Task, resolve
+from metier.task import LABELLED, Task, resolve
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Workbench:
         task: the task, with the paths of its bases made absolute.
         base_dir: directory of task.yaml.
         parts: training, validation and sealed test part.
-        labels: the closed label set of a classification, sorted; else empty.
+        labels: the closed label set, sorted; empty for kinds without one.
         passages: of the user's documents, for the rag arms.
         removed_passages: passages left out because they hold test examples, by reason.
 
@@ -101,14 +103,16 @@ def open_workbench(task: Task, base_dir: Path) -> Workbench:
 
     Raises:
         DataError: a row, file or split is wrong.
-        ConfigError: the grader is wrong.
+        ConfigError: the grader is wrong, or a weight is of no label.
 
     """
     parts = read_parts(task, base_dir)
     _refuse_tools([*parts.train, *parts.validation, *parts.test])
     labels: tuple[str, ...] = ()
-    if task.kind == "classification":
-        labels = task.labels or tuple(sorted({row.answer for row in parts.train}))
+    if task.kind in LABELLED:
+        found = {label for row in parts.train for label in labels_of(row.answer, task.kind)}
+        labels = task.labels or tuple(sorted(found))
+    _check_weights(task, labels)
     documents = [resolve(path, base_dir / "task.yaml") for path in task.data.documents]
     passages = read_passages(documents)
     by_document = groupby(passages, key=lambda passage: passage.source)
@@ -133,6 +137,18 @@ def open_workbench(task: Task, base_dir: Path) -> Workbench:
     if any(arm.tuned for arm in task.chosen_arms()):
         _ = bench.material
     return bench
+
+
+def _check_weights(task: Task, labels: Sequence[str]) -> None:
+    weights = task.training.class_weights
+    unknown = sorted(set(weights) - set(labels)) if isinstance(weights, dict) else []
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], labels, n=1)
+        raise ConfigError(
+            "training.class_weights",
+            f"weighs '{unknown[0]}', which is none of the {len(labels)} labels",
+            f"did you mean '{close[0]}'?" if close else f"labels are {', '.join(labels[:9])}",
+        )
 
 
 def _refuse_tools(examples: Iterable[Example]) -> None:

@@ -15,7 +15,7 @@ from itertools import groupby
 from typing import Any, Protocol
 
 from metier.errors import DataError
-from metier.records import Chat, Message
+from metier.records import Chat, Message, transcript
 from metier.runs import fingerprint
 from metier.task import TemplateName
 from metier.text.chat import ChatLayout, Tools
@@ -39,7 +39,7 @@ class Rendered:
 
 
 class Renderer:
-    """Renders chats with one tokenizer and one template.
+    """Renders chats with one tokenizer and one template; what an encoder reads has no template.
 
     Attributes:
         tokenizer: text to ids.
@@ -57,7 +57,9 @@ class Renderer:
         self.tokenizer = tokenizer
         self.template = template
         self._layout: _Layout
-        if template == "chat":
+        if tokenizer.frame:
+            self._layout = _FramedLayout(tokenizer, *tokenizer.frame)
+        elif template == "chat":
             self._layout = ChatLayout(tokenizer)
         else:
             self._layout = _TextLayout(tokenizer, _FORMS[template])
@@ -271,6 +273,41 @@ class _TextTalk:
             elif content:
                 text += content.join(self._form.system)
         yield text + self._form.before_answer
+
+
+class _FramedLayout:
+    """What an encoder reads: the text of a chat alone, between its special tokens."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, before: tuple[int, ...], behind: tuple[int, ...]
+    ) -> None:
+        self.stop_id = tokenizer.eos_id
+        self._tokenizer = tokenizer
+        self._before, self._behind = before, behind or (tokenizer.eos_id,)
+
+    def talk(self, messages: list[Message], tools: Tools) -> _FramedTalk:
+        if tools:
+            raise DataError("tools", "cannot be read by an encoder", "leave them out")
+        return _FramedTalk(self._tokenizer, self._before, self._behind, messages)
+
+    def jinja(self) -> tuple[str, ...]:
+        return ()
+
+
+@dataclass(frozen=True, slots=True)
+class _FramedTalk:
+    tokenizer: Tokenizer
+    before: tuple[int, ...]
+    behind: tuple[int, ...]
+    messages: list[Message]
+
+    def prompt(self, end: int) -> list[int]:
+        text = transcript(self.messages[:end])
+        return [*self.before, *self.tokenizer.encode(text), *self.behind]
+
+    def answer(self, index: int) -> list[int]:
+        content = _text_of(self.messages[index], index)
+        return [*self.tokenizer.encode(content), self.tokenizer.eos_id]
 
 
 _JINJA = """

@@ -42,13 +42,22 @@ class Tokenizer:
         vocab_size: number of ids; every id is below it.
         chat_template: the Jinja chat template (several of them joined), or None.
         control_tokens: every control token with its id.
+        frame: of an encoder, ids that stand before and behind every text (BERT's [CLS] and
+            [SEP]); its eos_id is the last of them. None for others.
 
     """
 
     def __init__(
-        self, backend: PreTrainedTokenizerFast, name: str, extra_stop_ids: Sequence[int] = ()
+        self,
+        backend: PreTrainedTokenizerFast,
+        name: str,
+        extra_stop_ids: Sequence[int] = (),
+        *,
+        encoder: bool = False,
     ) -> None:
-        if backend.eos_token_id is None:
+        self.frame = _frame(backend) if encoder else None
+        eos_id = self.frame[1][-1] if self.frame and self.frame[1] else backend.eos_token_id
+        if eos_id is None:
             raise ModelError(
                 name,
                 "its tokenizer names no end-of-sequence token",
@@ -56,7 +65,7 @@ class Tokenizer:
             )
         self.name = name
         self.bos_id: int | None = backend.bos_token_id
-        self.eos_id: int = backend.eos_token_id
+        self.eos_id: int = eos_id
         self.pad_id: int = self.eos_id if backend.pad_token_id is None else backend.pad_token_id
         self.chat_template: str | None = _template_text(backend.chat_template)
         self.stop_ids = frozenset({self.eos_id, *extra_stop_ids})
@@ -73,12 +82,15 @@ class Tokenizer:
         self.vocab_size: int = max(backend.get_vocab().values()) + 1
 
     @classmethod
-    def load(cls, name: str | Path, extra_stop_ids: Collection[int] = ()) -> Tokenizer:
+    def load(
+        cls, name: str | Path, extra_stop_ids: Collection[int] = (), *, encoder: bool = False
+    ) -> Tokenizer:
         """Load from a directory or a Hub name; remote code is never run.
 
         Args:
             name: directory or name.
             extra_stop_ids: ids that end an answer besides those that its files name.
+            encoder: whether it belongs to an encoder.
 
         Raises:
             ModelError: there is no tokenizer, or it cannot be read.
@@ -86,7 +98,7 @@ class Tokenizer:
         """
         backend = _load_backend(str(name))
         named = _generation_stop_ids(Path(name), backend)
-        return cls(backend, str(name), [*named, *extra_stop_ids])
+        return cls(backend, str(name), [*named, *extra_stop_ids], encoder=encoder)
 
     def extended(self, tokens: Sequence[str]) -> Tokenizer:
         """The same with new tokens behind all others: each stands for its text wherever that is.
@@ -108,7 +120,8 @@ class Tokenizer:
         backend = copy.deepcopy(self._backend)
         # Not normalised: they are found in a text as it is written, and come out so.
         backend.add_tokens([AddedToken(token, normalized=False) for token in tokens])
-        found = Tokenizer(backend, self.name, sorted(self.stop_ids))
+        encoder = self.frame is not None
+        found = Tokenizer(backend, self.name, sorted(self.stop_ids), encoder=encoder)
         for text in (f"a {token}b" for token in tokens):
             if (back := found.decode(found.encode(text))) != text:
                 raise ConfigError(
@@ -285,6 +298,7 @@ class Tokenizer:
             self._backend.backend_tokenizer.to_str(),
             json.dumps([self.bos_id, self.eos_id, self.pad_id, sorted(self.stop_ids)]),
             self.chat_template or "",
+            *([json.dumps(self.frame)] if self.frame else []),
         ]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
@@ -327,6 +341,14 @@ def _load_backend(name: str) -> PreTrainedTokenizerFast:
         raise ModelError(name, "has no fast tokenizer", "convert it to tokenizer.json first")
     found: PreTrainedTokenizerFast = backend
     return found
+
+
+def _frame(backend: PreTrainedTokenizerFast) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What a tokenizer writes before and behind a text of its own accord."""
+    bare = backend("a", add_special_tokens=False)["input_ids"]
+    whole = backend("a")["input_ids"]
+    start = next((at for at in range(len(whole)) if whole[at : at + len(bare)] == bare), 0)
+    return tuple(whole[:start]), tuple(whole[start + len(bare) :])
 
 
 def _generation_stop_ids(directory: Path, backend: PreTrainedTokenizerFast) -> list[int]:

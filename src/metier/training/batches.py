@@ -26,15 +26,21 @@ class Row:
     Attributes:
         ids: shape (length,).
         trained: which ids the loss looks at.
-        label: class for a classification head, else -1.
+        label: for a classification head: the place of the label, or where a row may have several,
+            a 1 or a 0 for each; else -1.
         tags: class of each id for a tagging head, -1 where it has none; else empty.
 
     """
 
     ids: tuple[int, ...]
     trained: tuple[bool, ...]
-    label: int = -1
+    label: int | tuple[int, ...] = _NONE
     tags: tuple[int, ...] = ()
+
+    @property
+    def labelled(self) -> bool:
+        """Whether a classification head is trained on it."""
+        return self.label != _NONE
 
     @classmethod
     def of(cls, rendered: Rendered) -> Row:
@@ -51,8 +57,8 @@ class Batch:
             token.
         lengths: tokens that are read of each row.
         targets: the next token where it is trained, or the tag, else -1; shape (tokens,).
-        labels: of the rows, shape (rows,).
-        weight: trained tokens or tags, or rows where they have a label.
+        labels: of the rows, shape (rows,), or where there may be several, (rows, labels).
+        weight: trained tokens or tags, or rows where a classification head is trained.
         tokens: of the rows, for speed figures.
 
     """
@@ -75,7 +81,7 @@ class Batch:
             lengths=tuple(len(ids) for ids, _ in read),
             targets=targets,
             labels=labels,
-            weight=float((labels >= 0).sum() or (targets >= 0).sum()),
+            weight=float(sum(row.labelled for row in rows) or (targets >= 0).sum()),
             tokens=sum(len(row.ids) for row in rows),
         )
 
@@ -91,7 +97,7 @@ class Batch:
 
 def _read(row: Row) -> tuple[Sequence[int], Sequence[int]]:
     """What is read of a row, and what each of its tokens is to tell."""
-    if row.label >= 0:
+    if row.labelled:
         return row.ids, [_NONE] * len(row.ids)
     if row.tags:
         return row.ids, row.tags

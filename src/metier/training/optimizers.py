@@ -36,16 +36,29 @@ def muon_and_adam(
     ]
 
 
-def adamw(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019) over what is trained, with decay on matrices only."""
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for parameter in model.parameters():
+def adamw(
+    model: nn.Module, learning_rate: float, weight_decay: float, head_rate: float | None = None
+) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter 2019) over what is trained, with decay on matrices only.
+
+    Args:
+        model: whose parameters are trained.
+        learning_rate: of all of them.
+        weight_decay: of matrices.
+        head_rate: learning rate of the model's `head` alone, where it has one of its own.
+
+    """
+    groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
+            rate = learning_rate
+            if head_rate is not None and name.startswith("head."):
+                rate = head_rate
             # A fused step takes sharded parameters or whole ones, not both at once.
-            kind = parameter.ndim >= 2, is_sharded(parameter)
+            kind = parameter.ndim >= 2, is_sharded(parameter), rate
             groups.setdefault(kind, []).append(parameter)
     settings = [
-        {"params": alike, "weight_decay": weight_decay if matrix else 0.0}
-        for (matrix, _), alike in groups.items()
+        {"params": alike, "weight_decay": weight_decay if matrix else 0.0, "lr": rate}
+        for (matrix, _, rate), alike in groups.items()
     ]
     return torch.optim.AdamW(settings, lr=learning_rate, fused=True)

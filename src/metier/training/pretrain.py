@@ -19,10 +19,10 @@ from torch import Tensor
 
 from metier import runs
 from metier.data import stream
-from metier.errors import ConfigError
+from metier.errors import ConfigError, ModelError
 from metier.model.backbone import context_in, context_of
 from metier.model.device import choose_device
-from metier.model.load import base_config, base_hash, locate
+from metier.model.load import base_config, base_hash, is_encoder_base, locate
 from metier.progress import Progress, Silent
 from metier.text.tokenizer import Tokenizer
 from metier.training.corpus import Corpus, Read
@@ -112,7 +112,11 @@ def pretrain(
 def _base_name(config: PretrainConfig, home: Path) -> str | None:
     """Name of the given base: a path in the recipe is relative to it."""
     path = home / Path(config.base or "").expanduser()
-    return str(path.resolve()) if config.base and path.is_dir() else config.base
+    name = str(path.resolve()) if config.base and path.is_dir() else config.base
+    if name and is_encoder_base(name):
+        cause = "is an encoder: it predicts masked words, not what follows"
+        raise ModelError(name, cause, "choose a causal language model")
+    return name
 
 
 def _recipe_key(config: PretrainConfig, about: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from metier.errors import TrainingError
+from metier.model.encoder import is_encoder
 from metier.model.world import World
 from metier.progress import Progress, Silent
 from metier.task import Training, Tuning
@@ -42,6 +43,8 @@ MICRO_TOKENS = 2048
 # Of LoRA on a model 2,000 wide; "LoRA Without Regret" (Schulman et al. 2025) found the exponent on
 # Llamas, this optimum, and ten times the rate of full tuning.
 _RATE, _RATE_WIDTH, _RATE_EXPONENT = 5e-4, 2000, -0.78
+# Of all weights of an encoder: 5e-5 for BERT-base, as its authors found (arXiv 1810.04805, A.3).
+_WHOLE_ENCODER = 0.3
 _CHECKPOINT_SECONDS = 10.0
 
 
@@ -54,6 +57,7 @@ def fit(
     *,
     learning_rate: float,
     seed: int,
+    head_rate: float | None = None,
     judge: Judge | None = None,
     also: Callable[[int], Tensor] | None = None,
     directory: Path | None = None,
@@ -70,6 +74,7 @@ def fit(
         training: epochs, batch size, schedule, patience.
         learning_rate: peak.
         seed: of the order and of dropout.
+        head_rate: peak of a head alone, where it has one of its own.
         judge: of the validation part; without one, the lowest loss chooses the parameters.
         also: what every step adds to its mean loss, such as a `rehearsal.loss`.
         directory: receives checkpoints and the log; an interrupted run goes on from there.
@@ -80,8 +85,7 @@ def fit(
         steps, seconds, best loss, learning curve.
 
     Raises:
-        TrainingError: the gradient was not finite three times in a row, no validation loss was, or
-            memory does not suffice for the longest rows.
+        TrainingError: no gradient or loss was finite, or memory does not suffice for longest rows.
 
     """
     batches = row_batches(train, training, seed=seed)
@@ -91,7 +95,7 @@ def fit(
         model,
         loss,
         batches,
-        [adamw(model, learning_rate, training.weight_decay)],
+        [adamw(model, learning_rate, training.weight_decay, head_rate)],
         _plan(batches.steps_per_epoch, training, seed),
         also=also,
         directory=directory,
@@ -139,9 +143,19 @@ def _unjudged(loss: Callable[[Batch], Tensor]) -> Judge:
 
 def default_learning_rate(model: Model, tuning: Tuning) -> float:
     """Peak learning rate for a base of this width and a way of updating it."""
+    whole = not tuning.adapter and is_encoder(model.config)
+    return tuning.rate * (_WHOLE_ENCODER if whole else 1) * _width_rate(model)
+
+
+def encoder_head_rate(model: Model) -> float:
+    """Peak learning rate of a head on an encoder: it starts from nothing, so it learns as LoRA."""
+    return _width_rate(model)
+
+
+def _width_rate(model: Model) -> float:
     width: int = model.config.get_text_config().hidden_size
     rate: float = _RATE * (width / _RATE_WIDTH) ** _RATE_EXPONENT
-    return tuning.rate * rate
+    return rate
 
 
 def _plan(steps_per_epoch: int, training: Training, seed: int) -> Plan:
