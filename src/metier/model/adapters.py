@@ -122,7 +122,7 @@ def load_adapter(base: Base, directory: Path) -> PeftModel:
     from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
     _check_base(base, directory)
-    config = _read_config(directory)
+    config = _read_config(directory, _task_type(base.model))
     weights = _read_weights(directory)
     _check_tokens(base, config, directory)
     try:
@@ -144,7 +144,7 @@ def _new_config(
     from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig
     from transformers.pytorch_utils import Conv1D
 
-    tuning, task = TUNINGS[kind], "CAUSAL_LM"
+    tuning, task = TUNINGS[kind], _task_type(model)
     if tuning.adapter == "PROMPT_TUNING":
         return PromptTuningConfig(task_type=task, num_virtual_tokens=training.virtual_tokens)
     if tuning.adapter == "PREFIX_TUNING":
@@ -171,6 +171,11 @@ def _new_config(
         use_rslora=kind == "rslora",
         use_dora=kind == "dora",
     )
+
+
+def _task_type(model: PreTrainedModel) -> str:
+    """What PEFT calls what a model does."""
+    return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
 
 
 def _numbers(model: PreTrainedModel, layers: Sequence[int]) -> list[int]:
@@ -283,7 +288,7 @@ def _check_base(base: Base, directory: Path) -> None:
         )
 
 
-def _read_config(directory: Path) -> PeftConfig:
+def _read_config(directory: Path, task: str) -> PeftConfig:
     """Only the fields that matter, so that nothing in the file can name code to import."""
     from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig
 
@@ -302,7 +307,7 @@ def _read_config(directory: Path) -> PeftConfig:
         raise ModelError(str(file), "names no target_modules", "train or fetch the adapter again")
     known = {name: values[name] for name in _FIELDS[kind] if name in values}
     try:
-        config: PeftConfig = kinds[kind](task_type="CAUSAL_LM", inference_mode=True, **known)
+        config: PeftConfig = kinds[kind](task_type=task, inference_mode=True, **known)
     except (TypeError, ValueError) as error:
         raise _misfit(directory, str(error)) from None
     return config

@@ -27,6 +27,7 @@ from metier.model.adapters import load_adapter
 from metier.model.generate import Engine
 from metier.model.load import load_base, locate
 from metier.model.merge import Merged, digests, merge
+from metier.model.seq2seq import is_seq2seq, start_id
 from metier.progress import Progress, no_weight_bar
 from metier.recipes import making, proving, workbench
 from metier.recipes.finished import Found, find
@@ -320,7 +321,9 @@ def _settings(engine: Engine) -> Any:
 
     tokenizer = engine.renderer.tokenizer
     config: Any = GenerationConfig
+    seq2seq = is_seq2seq(engine.model)
     return config(
+        decoder_start_token_id=start_id(engine.model) if seq2seq else None,
         do_sample=False,
         max_new_tokens=engine.max_new_tokens,
         bos_token_id=tokenizer.bos_id,
@@ -363,7 +366,7 @@ def _load(plan: _Plan, trial: Trial, directory: Path) -> Engine:
         model = load_base(str(directory)).model
     else:
         model = load_adapter(load_base(plan.base), directory)
-    renderer = Renderer(Tokenizer.load(directory), "chat")
+    renderer = Renderer(Tokenizer.load(directory), "chat", encoder=is_seq2seq(model))
     return Engine(model, renderer, trial.max_new_tokens)
 
 
