@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +11,12 @@ import torch
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import Unigram
-from tokenizers.trainers import UnigramTrainer
 
 from metier.data.builtin import topics
 
 _SPECIAL = ["<pad>", "</s>", "<unk>"]
 _SENTINELS = [f"<extra_id_{number}>" for number in range(8)]
+_WORDS, _RARE = 300, -12.0
 _SIZE = {
     "d_model": 32,
     "d_kv": 8,
@@ -38,22 +40,25 @@ own."""
 
 
 def write_tokenizer(directory: Path, texts: list[str]) -> int:
-    """Train a Unigram tokenizer that works as T5's does; returns how many ids it has.
+    """A Unigram tokenizer that works as T5's does; returns how many ids it has.
 
     White space is one blank, a text begins with one, EOS ends it, and characters that the texts do
-    not have are unknown.
+    not have are unknown. Its pieces are their commonest words, by their share, and all characters.
+    It is not trained, as training one gives another each time.
     """
-    tokenizer = Tokenizer(Unigram())
+    words = Counter(f"▁{word}" for text in texts for word in text.split())
+    common = sorted(words, key=lambda word: (-words[word], word))[:_WORDS]
+    pieces = [(word, math.log(words[word] / words.total())) for word in common]
+    characters = sorted({*"".join(words)} - set(common))
+    pieces += [(character, _RARE) for character in characters]
+    special = [(token, 0.0) for token in _SPECIAL]
+    tokenizer = Tokenizer(Unigram([*special, *pieces], unk_id=2, byte_fallback=False))
     blanks = normalizers.Replace(Regex(" {2,}"), " ")
     tokenizer.normalizer = normalizers.Sequence([normalizers.Nmt(), normalizers.NFKC(), blanks])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]
     )
     tokenizer.decoder = decoders.Metaspace()
-    trainer = UnigramTrainer(
-        vocab_size=400, special_tokens=_SPECIAL, unk_token="<unk>", show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", 1)]
     )
@@ -72,7 +77,7 @@ def write_seq2seq(
     directory: Path, family: str, texts: list[str] | None = None, **changes: Any
 ) -> Path:
     """A base in Hugging Face layout; its output head is told from the embeddings by its values."""
-    size = write_tokenizer(directory, texts or topics())
+    size = write_tokenizer(directory, texts or topics()[:12])
     kind = family.split("-")[0]
     values = _SIZE | SEQ2SEQ[family] | {"vocab_size": size + 12} | changes
     config = getattr(transformers, f"{kind}Config")(**values)

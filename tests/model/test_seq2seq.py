@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -113,9 +115,7 @@ def test_logits_of_rows_side_by_side_are_those_of_each_alone(path: Path) -> None
         assert float((decoder.logits[place] - expected).abs().max()) < CLOSE
 
 
-def test_control_unmasked_padding_is_seen(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_control_unmasked_padding_is_seen(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = engine_of(path)
     prompts = prompts_of(engine)
     honest = Seq2SeqDecoder(engine.model, prompts).logits
@@ -161,14 +161,9 @@ def test_a_prompt_in_several_pairs_is_read_once(
 def test_a_stream_is_the_whole_answer(path: Path) -> None:
     engine = engine_of(path)
     chat = [{"role": "user", "content": "what is a loop?"}]
-    pieces = engine.stream(chat)
-    text = ""
-    try:
-        while True:
-            text += next(pieces)
-    except StopIteration as stopped:
-        assert stopped.value == engine.generate([chat])[0]
-        assert stopped.value.text == text
+    (expected,) = engine.generate([chat])
+    assert "".join(engine.stream(chat)) == expected.text
+    assert expected.completion_tokens == 12
 
 
 def test_bytes_of_the_cache_are_those_that_are_kept(path: Path) -> None:
@@ -191,3 +186,55 @@ def test_which_bases_have_an_encoder(bases: dict[str, Path]) -> None:
     assert not base_config(str(starter_path())).is_encoder_decoder
     with pytest.raises(ModelError, match="encoder-decoder"):
         base_config(str(bases["T5-1.0"]))
+
+
+def changed(path: Path, directory: Path, **values: Any) -> Path:
+    """A copy of a base with another config."""
+    shutil.copytree(path, directory)
+    config = json.loads((directory / "config.json").read_text()) | values
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def test_a_base_that_does_not_say_where_answers_begin_is_refused(
+    bases: dict[str, Path], tmp_path: Path
+) -> None:
+    path = changed(bases["T5-1.1"], tmp_path / "base", decoder_start_token_id=None)
+    with pytest.raises(ModelError, match="names no decoder_start_token_id") as caught:
+        load_base(str(path))
+    assert "config.json" in caught.value.place
+
+
+def test_an_encoder_decoder_of_another_family_is_refused(
+    bases: dict[str, Path], tmp_path: Path
+) -> None:
+    path = changed(bases["T5-1.1"], tmp_path / "base", model_type="bart")
+    with pytest.raises(ModelError, match="encoder-decoder of the family bart"):
+        load_base(str(path))
+
+
+def test_the_head_is_its_own_or_the_embeddings(bases: dict[str, Path]) -> None:
+    """As in the checkpoint, whatever the config says of ties."""
+    for family, path in bases.items():
+        model: Any = load_base(str(path)).model
+        tied = model.lm_head.weight.data_ptr() == model.shared.weight.data_ptr()
+        assert tied == (family == "T5-1.0")
+
+
+def test_bfloat16_gives_what_float32_gives_but_for_rounding(path: Path) -> None:
+    base = load_base(str(path), torch.float32, "cpu")
+    renderer = Renderer(base.tokenizer, "plain", encoder=True)
+    prompts = prompts_of(Engine(base.model, renderer, 4))
+    expected = Seq2SeqDecoder(base.model, prompts).logits
+    found = Seq2SeqDecoder(base.model.bfloat16(), prompts).logits
+    assert found.dtype == torch.bfloat16
+    assert found.isfinite().all()
+    assert torch.allclose(found.float(), expected, atol=0.05 * float(expected.abs().max()))
+
+
+def test_loading_says_nothing_that_a_person_could_not_use(
+    bases: dict[str, Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    load_base(str(bases["T5-1.1"]))
+    found = capfd.readouterr()
+    assert found.out + found.err == ""

@@ -1,4 +1,4 @@
-"""Training of encoder-decoders. Oracle: Transformers reads one example after the other, unpadded."""
+"""Training of encoder-decoders. Oracle: Transformers reads examples one by one, unpadded."""
 
 from __future__ import annotations
 
@@ -193,3 +193,17 @@ def test_every_answer_of_a_conversation_is_a_row_of_its_own(bases: dict[str, Pat
     for row, end in zip(rows, (1, 3), strict=True):
         prompt = renderer.prompt(messages[:end])
         assert list(row.ids[: len(prompt)]) == prompt
+
+
+def test_answers_that_the_tokenizer_changes_are_named(bases: dict[str, Path]) -> None:
+    """T5's has few characters and no line breaks; a tokenizer of bytes gives everything back."""
+    said = [
+        Example(id="j", messages=({"role": "user"}, {"role": "assistant", "content": answer}))
+        for answer in ('{"☃": 1}', "one\ntwo", "fine")
+    ]
+    prepared = prepare(said, renderer_of(bases["T5-1.1"]), Training(), None)
+    (note,) = prepared.notes
+    assert note.startswith("2 of 3 training answers cannot be written as they are")
+    assert "<unk>" in note
+    starter = Renderer(load_base("starter").tokenizer, "question-answer")
+    assert prepare(said, starter, Training(), None).notes == ()

@@ -10,7 +10,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -271,8 +271,7 @@ def _model_class(path: Path, config: PretrainedConfig) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what transformers says of every T5: its head is or is not the embeddings', and it
-    cannot be sharded. What is missing in a base is in the report."""
+    """Without what transformers says of every T5: what is missing in a base is in its report."""
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -287,7 +286,7 @@ def _model(
 ) -> PreTrainedModel:
     kind = _model_class(path, config)
     try:
-        with no_weight_bar(), _quiet():
+        with no_weight_bar(), _quiet() if config.is_encoder_decoder else nullcontext():
             model, report = kind.from_pretrained(
                 str(path),
                 config=config,

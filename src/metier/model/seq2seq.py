@@ -9,8 +9,10 @@ decoder's, causal attention never sees any.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,6 +50,20 @@ def cache_bytes(model: Any) -> int:
     config = model.config
     kept = 2 * config.num_decoder_layers * config.num_heads * config.d_kv + config.d_model
     return int(kept * model.dtype.itemsize)
+
+
+def name_own_head(model: Any, directory: Path) -> None:
+    """Say in a written config.json that the head is not the embeddings', where it is not.
+
+    Transformers 5 sees it in the weights, and writes that they are one, whatever they are. Earlier
+    versions, and programs that go by the config, would take the embeddings for the head.
+    """
+    language_model = inner(model)
+    head = language_model.get_output_embeddings().weight
+    if is_seq2seq(model) and head is not language_model.get_input_embeddings().weight:
+        file = directory / "config.json"
+        config = json.loads(file.read_text("utf-8")) | {"tie_word_embeddings": False}
+        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
 def head_scale(model: Any) -> float:
@@ -94,15 +110,15 @@ def answer_states(model: Any, ids: Tensor, lengths: Sequence[int], wanted: Tenso
         shape (wanted tokens, hidden).
 
     """
-    rows = list(zip(torch.split(ids, list(lengths)), torch.split(wanted, list(lengths)), strict=True))
+    rows = torch.split(ids, list(lengths))
+    counts = torch.split(wanted, list(lengths))
+    ends = [count.tolist().index(True) for count in torch.split(wanted.cpu(), list(lengths))]
     parts = []
     for first, last in cheapest_cut([padded(length) for length in lengths]):
-        ends = [int(chosen.nonzero()[0]) for _, chosen in rows[first:last]]
-        own = list(zip(rows[first:last], ends, strict=True))
-        encoded = encode(model, [row[: end + 1] for (row, _), end in own])
-        states = _decode(model, encoded, [row[end + 1 :] for (row, _), end in own])
-        chosen = _side_by_side([chosen[end:] for (_, chosen), end in own], fill=0)
-        parts.append(states[chosen])
+        own = range(first, last)
+        encoded = encode(model, [rows[i][: ends[i] + 1] for i in own])
+        states = _decode(model, encoded, [rows[i][ends[i] + 1 :] for i in own])
+        parts.append(states[_side_by_side([counts[i][ends[i] :] for i in own], fill=0)])
     return torch.cat(parts)
 
 
@@ -153,12 +169,13 @@ def _decode(model: Any, encoded: Encoded, written: Sequence[Tensor]) -> Tensor:
     """States behind the start token and behind each token of answers, (rows, longest, hidden)."""
     start = written[0].new_tensor([start_id(model)])
     ids = _side_by_side([torch.cat((start, own)) for own in written], fill=0)
-    states: Tensor = inner(model).get_decoder()(
+    read = inner(model).get_decoder()(
         input_ids=ids,
         encoder_hidden_states=encoded.states,
         encoder_attention_mask=encoded.mask,
         use_cache=False,
-    ).last_hidden_state
+    )
+    states: Tensor = read.last_hidden_state
     return states
 
 

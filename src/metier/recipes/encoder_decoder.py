@@ -66,4 +66,6 @@ def _check_arm(arm: Arm, training: Training, base: str) -> None:
 
 
 def _refusal(place: str, cause: str, base: str, remedy: str) -> ConfigError:
-    return ConfigError(place, f"{cause}, and base '{base}' is an encoder-decoder", f"{remedy}, or {_CAUSAL}")
+    return ConfigError(
+        place, f"{cause}, and base '{base}' is an encoder-decoder", f"{remedy}, or {_CAUSAL}"
+    )

@@ -27,7 +27,7 @@ from metier.model.adapters import load_adapter
 from metier.model.generate import Engine
 from metier.model.load import load_base, locate
 from metier.model.merge import Merged, digests, merge
-from metier.model.seq2seq import is_seq2seq, start_id
+from metier.model.seq2seq import is_seq2seq, name_own_head, start_id
 from metier.progress import Progress, no_weight_bar
 from metier.recipes import making, proving, workbench
 from metier.recipes.finished import Found, find
@@ -205,6 +205,7 @@ def _make(plan: _Plan, source: _Source, directory: Path, progress: Progress) -> 
         task=plan.found.verdict.task,
         arm=plan.found.arm.name,
         kind="model" if plan.whole else "adapter",
+        encoder_decoder=is_seq2seq(engine.model),
         base=Path(plan.base).name if Path(plan.base).is_absolute() else plan.base,
         base_hash=plan.base_hash,
         template=trial.renderer.template,
@@ -355,6 +356,7 @@ def _save(model: Any, engine: Engine, directory: Path) -> None:
     model.generation_config = _settings(engine)
     with no_weight_bar():
         model.save_pretrained(str(directory))
+    name_own_head(model, directory)
     for file in directory.glob("*.safetensors"):  # written for the owner alone
         shutil.copymode(directory / "config.json", file)
 

@@ -335,7 +335,7 @@ _TWO_TEXTS_JINJA = r"""
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- (all.text + BEFORE).rstrip('\n') + eos_token -}}{%- endif -%}
 """.strip()
-"""The same for an encoder-decoder; where nothing is asked and nothing answered, it writes nothing."""
+"""The same for an encoder-decoder. It writes nothing where nothing is asked or answered."""
 
 
 def _jinja(template: str, form: _Form) -> str:
