@@ -12,12 +12,13 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from metier.model.adapters import add_adapter, load_adapter, save_adapter, unfreeze
 from metier.model.decoder import Decoder
 from metier.model.head import Classifier, load_head, save_head
 from metier.model.load import Base, load_base, starter_path
+from metier.model.seq2seq import Seq2SeqDecoder, is_seq2seq
 from metier.progress import Progress, Silent
 from metier.task import TUNINGS, Lora, Training
 from metier.text.template import Renderer
@@ -25,6 +26,7 @@ from metier.training import classify, sft
 from metier.training.batches import Batch, Row
 from metier.training.scoring import Scorer
 from metier.training.sft import answer_loss, default_learning_rate, fit
+from tests.seq2seq_bases import SEQ2SEQ, write_seq2seq
 from tests.training.families import ENCODERS, FAMILIES, write_base
 from tests.training.test_sft import rows_of
 
@@ -43,6 +45,9 @@ OTHER = {
 MATRIX = [("Llama", kind) for kind in KINDS] + [
     (family, kind) for family, other in OTHER.items() for kind in ("full", "lora", other)
 ]
+MATRIX += [("T5-1.0", kind) for kind in ("full", "lora", "rslora", "ia3")]
+MATRIX += [("T5-1.1", kind) for kind in ("full", "lora", "dora", "pissa")]
+MATRIX += [("MT5", kind) for kind in ("full", "lora")]
 
 
 @dataclass
@@ -58,7 +63,10 @@ class Tuned:
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {family: write_base(tmp_path_factory.mktemp(family), family) for family in FAMILIES}
+    causal = {family: write_base(tmp_path_factory.mktemp(family), family) for family in FAMILIES}
+    return causal | {
+        family: write_seq2seq(tmp_path_factory.mktemp(family), family) for family in SEQ2SEQ
+    }
 
 
 def load(path: Path) -> Base:
@@ -67,7 +75,8 @@ def load(path: Path) -> Base:
 
 def prepared(path: Path, kind: str, training: Training) -> tuple[Base, Any, list[Row]]:
     base = load(path)
-    rows = rows_of(Renderer(base.tokenizer, "question-answer"), training)
+    renderer = Renderer(base.tokenizer, "question-answer", encoder=is_seq2seq(base.model))
+    rows = rows_of(renderer, training)
     if TUNINGS[kind].adapter:
         return base, add_adapter(base.model, kind, training, 0), rows
     unfreeze(base.model, training.layers)
@@ -101,18 +110,26 @@ def write(tuned: Tuned, kind: str, directory: Path) -> None:
 def plain(base: Path, kind: str, directory: Path) -> Any:
     """What the library alone makes of the files."""
     start = base if TUNINGS[kind].adapter else directory
-    model = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32)
+    seq2seq = AutoConfig.from_pretrained(start).is_encoder_decoder
+    known = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
+    model = known.from_pretrained(start, dtype=torch.float32)
     return (PeftModel.from_pretrained(model, directory) if start == base else model).eval()
 
 
 @torch.inference_mode()
 def alone(model: Any, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
     """Logits of what follows each prompt, one by one and without padding."""
+    if is_seq2seq(model):
+        start = torch.zeros(1, 1, dtype=torch.long)
+        read = [model(input_ids=torch.tensor([p]), decoder_input_ids=start) for p in prompts]
+        return torch.stack([found.logits[0, -1] for found in read])
     return torch.stack([model(input_ids=torch.tensor([ids])).logits[0, -1] for ids in prompts])
 
 
 def ours(model: Any, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
     """The same through the engine's decoder, side by side."""
+    if is_seq2seq(model):
+        return Seq2SeqDecoder(model, prompts).logits
     return Decoder(model, prompts, 2).logits
 
 
@@ -177,14 +194,20 @@ class Interrupted(Silent):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("kind", ["pissa", "prompt-tuning"])
+@pytest.mark.parametrize(
+    ("family", "kind"), [("Llama", "pissa"), ("Llama", "prompt-tuning"), ("T5-1.1", "lora")]
+)
 def test_an_interrupted_training_goes_on_as_if_it_had_not_been(
-    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+    bases: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+    kind: str,
 ) -> None:
     monkeypatch.setattr(sft, "_CHECKPOINT_SECONDS", 0.0)
 
     def train(directory: Path | None, progress: Progress) -> dict[str, torch.Tensor]:
-        _, model, rows = prepared(bases["Llama"], kind, TRAINING)
+        _, model, rows = prepared(bases[family], kind, TRAINING)
         loss = answer_loss(Scorer(model))
         rate = default_learning_rate(model, TUNINGS[kind])
         settings: dict[str, Any] = {"learning_rate": rate, "seed": 0, "progress": progress}

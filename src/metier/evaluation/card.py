@@ -14,24 +14,23 @@ FORMS = {
 COLUMNS = ("form", "same answer", "tie", "logits differ by")
 
 _ASK = """
-messages = [{"role": "user", "content": "..."}]
+messages = [{{"role": "user", "content": "..."}}]
 prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
-start = prompt["input_ids"].shape[1]
-answer = model.generate(**prompt)[0, start:].tolist()
+answer = model.generate(**prompt)[0, {start}:].tolist()
 stops = model.generation_config.eos_token_id
 print(tokenizer.decode([token for token in answer if token not in stops]).strip())
 """
-_MODEL = """from transformers import AutoModelForCausalLM, AutoTokenizer
+_MODEL = """from transformers import {model}, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(".")
-model = AutoModelForCausalLM.from_pretrained(".", dtype="auto")
+model = {model}.from_pretrained(".", dtype="auto")
 """
 _ADAPTER = """import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import {model}, AutoTokenizer, GenerationConfig
 
 tokenizer = AutoTokenizer.from_pretrained(".")
-base = AutoModelForCausalLM.from_pretrained("{base}", dtype=torch.{format})  # where it lies
+base = {model}.from_pretrained("{base}", dtype=torch.{format})  # where it lies
 base.generation_config = GenerationConfig.from_pretrained(".")
 model = PeftModel.from_pretrained(base, ".").eval()
 """
@@ -42,7 +41,13 @@ def card(verdict: Verdict, proof: Proof) -> str:
     library = "transformers" if proof.kind == "model" else "peft"
     what = "A whole model" if proof.kind == "model" else "An adapter, to be put into its base"
     load = _MODEL if proof.kind == "model" else _ADAPTER
-    code = load.format(base=proof.base, format=proof.number_format) + _ASK.rstrip()
+    code = (load + _ASK.rstrip()).format(
+        base=proof.base,
+        format=proof.number_format,
+        model=f"AutoModelFor{'Seq2Seq' if proof.encoder_decoder else 'Causal'}LM",
+        # A decoder that has an encoder writes behind one start token alone.
+        start=1 if proof.encoder_decoder else 'prompt["input_ids"].shape[1]',
+    )
     sections = [
         f"---\nlibrary_name: {library}\npipeline_tag: text-generation\ntags: [metier]\n---",
         f"# {proof.task}: {proof.arm}",

@@ -74,6 +74,8 @@ class Proof(Config):
     """
     kind: Literal["model", "adapter"]
     """A whole model, or an adapter that needs its base."""
+    encoder_decoder: bool = False
+    """Whether the model is an encoder that reads a prompt, and a decoder that writes an answer."""
     base: str
     """Name of the base; of a directory, without where it lay."""
     base_hash: str

@@ -176,7 +176,9 @@ def _new_config(
 
 def _task_type(model: PreTrainedModel) -> str:
     """PEFT's name of what a model is for; an encoder has no head of PEFT's own."""
-    return "FEATURE_EXTRACTION" if is_encoder(model.config) else "CAUSAL_LM"
+    if is_encoder(model.config):
+        return "FEATURE_EXTRACTION"
+    return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
 
 
 def _numbers(model: PreTrainedModel, layers: Sequence[int]) -> list[int]:

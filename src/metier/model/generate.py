@@ -23,6 +23,8 @@ from metier.model.decoder import (
     room,
 )
 from metier.model.prelude import behind
+from metier.model.seq2seq import Seq2SeqDecoder, is_seq2seq
+from metier.model.seq2seq import logprobs as seq2seq_logprobs
 from metier.records import Chat, Completion
 from metier.text.pieces import Pieces, before
 from metier.text.template import Renderer
@@ -44,7 +46,7 @@ class Engine:
     """Generates with one model through one renderer; satisfies `records.Generator`.
 
     Attributes:
-        model: a causal language model, with or without an adapter.
+        model: a causal language model or an encoder-decoder, with or without an adapter.
         renderer: chat to ids and ids to answer.
         max_new_tokens: longest answer in tokens, its stop token included.
         stop: strings that end every answer and are not part of it.
@@ -68,7 +70,8 @@ class Engine:
         self.stop = tuple(stop)
         self.batch_tokens = batch_tokens
         self.context = context_of(model)
-        self._plain = has_plain_cache(model)
+        self._seq2seq = is_seq2seq(model)
+        self._plain = self._seq2seq or has_plain_cache(model)
         self._stops = torch.tensor(sorted(renderer.stop_ids), device=model.device)
 
     def generate(self, chats: Sequence[Chat]) -> list[Completion]:
@@ -177,6 +180,8 @@ class Engine:
         """
         for index, (prompt, continuation) in enumerate(pairs):
             self._check_room(len(prompt), len(continuation), f"pair {index}")
+        if self._seq2seq:
+            return seq2seq_logprobs(self.model, pairs, self.batch_tokens)
         groups: dict[tuple[int, ...], list[int]] = {}
         for index, (prompt, _) in enumerate(pairs):
             groups.setdefault(tuple(prompt), []).append(index)
@@ -204,7 +209,7 @@ class Engine:
 
     def _greedy(self, prompts: list[Ids]) -> list[list[int]]:
         """Continuations of one batch."""
-        decoder = Decoder(self.model, prompts, self.renderer.tokenizer.pad_id)
+        decoder = self._decoder(prompts)
         device = self.model.device
         written = torch.zeros(len(prompts), self.max_new_tokens, dtype=torch.long, device=device)
         lengths = torch.full((len(prompts),), self.max_new_tokens, device=device)
@@ -231,6 +236,11 @@ class Engine:
             ids[:length] for ids, length in zip(written.tolist(), lengths.tolist(), strict=True)
         ]
 
+    def _decoder(self, prompts: list[Ids]) -> Decoder | Seq2SeqDecoder:
+        if self._seq2seq:
+            return Seq2SeqDecoder(self.model, prompts)
+        return Decoder(self.model, prompts, self.renderer.tokenizer.pad_id)
+
     def _reached(self, ids: Ids) -> bool:
         """Whether the last of an answer's ids brought a stop string into it, or an earlier one."""
         decode = self.renderer.tokenizer.decode
@@ -239,7 +249,7 @@ class Engine:
         return any(text in tail for text in self.stop) and before(decode(ids), self.stop)[1]
 
     def _tokens(self, prompt: Ids, limit: int, draw: _Draw) -> Iterator[int]:
-        decoder = Decoder(self.model, [prompt], self.renderer.tokenizer.pad_id)
+        decoder = self._decoder([prompt])
         for step in range(limit):
             token = draw(decoder.logits[0])
             yield token

@@ -1,13 +1,16 @@
 """Load a base: a pre-trained language model or encoder with its tokenizer, checked before use.
 
-Weights are safetensors only and remote code is never run. Encoder-decoder models are not there
-yet: they need an entry in `_model_class` and an engine of their own.
+It is a causal language model, or an encoder-decoder of the T5 family. Weights are safetensors only
+and remote code is never run.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -30,6 +33,8 @@ _INDEX = "model.safetensors.index.json"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # What is fetched from the Hub: data only, never code or pickles.
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+# Encoder-decoders that are read as `seq2seq` reads them.
+_SEQ2SEQ = ("t5", "mt5")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +42,7 @@ class Base:
     """A loaded base.
 
     Attributes:
-        model: the causal language model, or an encoder without any head, in evaluation mode.
+        model: the language model, or an encoder without any head, in evaluation mode.
         tokenizer: its tokenizer.
         name: what the user called it.
         path: the directory it was read from.
@@ -116,15 +121,21 @@ def base_hash(name: str) -> str:
 
 
 def base_config(name: str) -> PretrainedConfig:
-    """Config of a base, without loading its weights; its `dtype` is that of the stored weights.
+    """Config of a causal base, without its weights; its `dtype` is that of the stored weights.
 
     Raises:
-        ModelError: it is missing, or of an unknown kind.
+        ModelError: it is missing, of an unknown kind, or no causal language model.
 
     """
     path = locate(name)
     config = _config(path)
     _model_class(path, config)
+    if config.is_encoder_decoder:
+        raise ModelError(
+            str(path),
+            "is an encoder-decoder, which was not trained to go on with a text",
+            "choose a causal (decoder-only) base, or tune this one on a task with 'metier train'",
+        )
     return config
 
 
@@ -141,6 +152,16 @@ def is_encoder_base(name: str) -> bool:
 def load_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer of a base, which writes what an encoder wants around a text."""
     return Tokenizer.load(path, encoder=encoder.is_encoder(_config(path)))
+
+
+def is_encoder_decoder(name: str) -> bool:
+    """Whether a base is an encoder-decoder, by its config alone.
+
+    Raises:
+        ModelError: it is missing.
+
+    """
+    return bool(_config(locate(name)).is_encoder_decoder)
 
 
 def locate(name: str) -> Path:
@@ -244,18 +265,42 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def _model_class(path: Path, config: PretrainedConfig) -> tuple[Any, dict[str, Any]]:
-    """The class for a config and its arguments; here encoder-decoder models will come in."""
-    from transformers import AutoModelForCausalLM
+    """The class for a config and its arguments."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     if encoder.is_encoder(config):
         return encoder.encoder_class(config)
-    remedy = "choose a causal (decoder-only) language model, or an encoder for a head"
-    if config.is_encoder_decoder:
-        raise ModelError(str(path), "is an encoder-decoder model", remedy)
+    remedy = (
+        "choose a causal (decoder-only) language model, one of the T5 family, or an encoder for a "
+        "head"
+    )
     known: Any = AutoModelForCausalLM._model_mapping
+    if config.is_encoder_decoder:
+        known = AutoModelForSeq2SeqLM._model_mapping
+        if config.model_type not in _SEQ2SEQ:
+            cause = f"is an encoder-decoder of the family {config.model_type}"
+            raise ModelError(str(path), cause, remedy)
+        if not isinstance(getattr(config, "decoder_start_token_id", None), int):
+            raise ModelError(
+                str(path / "config.json"),
+                "names no decoder_start_token_id, behind which answers are written",
+                "set it to the id with which the model was trained (T5: that of the padding token)",
+            )
     if type(config) not in known:
         raise ModelError(str(path), f"is a {config.model_type} model", remedy)
     return known[type(config)], {}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what transformers says of every T5: what is missing in a base is in its report."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _model(
@@ -263,7 +308,7 @@ def _model(
 ) -> PreTrainedModel:
     kind, arguments = _model_class(path, config)
     try:
-        with no_weight_bar():
+        with no_weight_bar(), _quiet() if config.is_encoder_decoder else nullcontext():
             model, report = kind.from_pretrained(
                 str(path),
                 config=config,

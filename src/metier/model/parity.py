@@ -21,6 +21,7 @@ from metier.errors import ModelError
 from metier.model.backbone import inner
 from metier.model.decoder import Ids, evaluating
 from metier.model.merge import unit_roundoff
+from metier.model.seq2seq import forced_inputs, is_seq2seq
 
 BOUND = 4.0
 """Logits may differ by this many times the noise."""
@@ -125,9 +126,13 @@ def logits(model: Any, row: Forced) -> torch.Tensor:
         shape (kept, vocabulary).
 
     """
-    ids = torch.tensor([row.ids], device=model.device)
+    if is_seq2seq(model):
+        inputs = forced_inputs(model, row.ids, row.kept)
+    else:
+        ids = torch.tensor([row.ids], device=model.device)
+        inputs = {"input_ids": ids, "logits_to_keep": row.kept}
     with evaluating(model):
-        found: torch.Tensor = model(input_ids=ids, logits_to_keep=row.kept).logits
+        found: torch.Tensor = model(**inputs).logits
     return found[0].float().cpu()
 
 

@@ -14,7 +14,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    GenerationConfig,
+)
 
 
 def main(questions: str, answers: str, logits: str) -> None:
@@ -34,14 +40,16 @@ def main(questions: str, answers: str, logits: str) -> None:
 
 def load(asked: dict[str, Any]) -> Any:
     """The model of a directory; of one that holds an adapter, its base with the adapter in it."""
+    seq2seq = AutoConfig.from_pretrained(asked["base"] or asked["directory"]).is_encoder_decoder
+    kind = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
     if asked["base"] is None:
-        model: Any = AutoModelForCausalLM.from_pretrained(asked["directory"], dtype="auto")
+        model: Any = kind.from_pretrained(asked["directory"], dtype="auto")
         return model.to(asked["device"])
     from peft import PeftModel
 
     dtype = getattr(torch, asked["dtype"])
     # Named here, because the config of any base may name attention code to be fetched.
-    base = AutoModelForCausalLM.from_pretrained(
+    base = kind.from_pretrained(
         asked["base"], dtype=dtype, attn_implementation=asked["attention"]
     ).to(asked["device"])
     base.generation_config = GenerationConfig.from_pretrained(asked["directory"])
@@ -55,17 +63,26 @@ def answer(model: Any, tokenizer: Any, messages: Any) -> dict[str, Any]:
         messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
     ).to(model.device)
     whole = model.generate(**inputs)[0].tolist()
-    start = inputs["input_ids"].shape[1]
+    prompt = inputs["input_ids"][0].tolist()
+    # An encoder-decoder writes behind one start token alone.
+    ids = whole[1 if model.config.is_encoder_decoder else len(prompt) :]
     stops = model.generation_config.eos_token_id
-    text = tokenizer.decode([token for token in whole[start:] if token not in stops]).strip()
-    return {"prompt": whole[:start], "ids": whole[start:], "text": text}
+    text = tokenizer.decode([token for token in ids if token not in stops]).strip()
+    return {"prompt": prompt, "ids": ids, "text": text}
 
 
 @torch.inference_mode()
 def forced(model: Any, ids: list[int], kept: int) -> torch.Tensor:
     """Logits behind the last `kept` of some ids, shape (kept, vocabulary)."""
-    read = torch.tensor([ids], device=model.device)
-    logits: torch.Tensor = model(input_ids=read, logits_to_keep=kept).logits
+    if model.config.is_encoder_decoder:
+        start = len(ids) - kept + 1
+        written = [model.config.decoder_start_token_id, *ids[start:]]
+        inputs = {"input_ids": ids[:start], "decoder_input_ids": written}
+        read = {name: torch.tensor([own], device=model.device) for name, own in inputs.items()}
+        logits: torch.Tensor = model(**read).logits
+    else:
+        row = torch.tensor([ids], device=model.device)
+        logits = model(input_ids=row, logits_to_keep=kept).logits
     return logits[0].float().cpu().contiguous()
 
 

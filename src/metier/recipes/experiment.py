@@ -33,7 +33,7 @@ from metier.evaluation.verdict import decide
 from metier.graders import summarise
 from metier.model.world import joined
 from metier.progress import Progress
-from metier.recipes import making, planning, tuning
+from metier.recipes import encoder_decoder, making, planning, tuning
 from metier.recipes.finished import read_verdict
 from metier.recipes.stages import Stages, all_arms, to_json
 from metier.recipes.workbench import Workbench, open_workbench, read_task
@@ -197,10 +197,12 @@ class Experiment:
         candidate.latency = runner.Latency(**about["latency"])
         candidate.peak_memory = about["peak_memory"]
         candidate.notes = tuple(json.loads((answers[0] / "notes.json").read_text()))
-        if arm.may_forget:
+        if encoder_decoder.may_forget(self._bench, arm):
             before = stages.ability(arm, None)
             after = [stages.ability(arm, path) for path in directories]
             candidate.forgetting = forgetting.compare(before, after, self._bench.task.forgetting)
+        elif arm.may_forget:
+            candidate.notes += (encoder_decoder.UNMEASURED,)
 
     def decide(
         self, candidates: list[Candidate], opening: Opening

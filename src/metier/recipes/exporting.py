@@ -27,6 +27,7 @@ from metier.model.adapters import load_adapter
 from metier.model.generate import Engine
 from metier.model.load import load_base, locate
 from metier.model.merge import Merged, digests, merge
+from metier.model.seq2seq import is_seq2seq, name_own_head, start_id
 from metier.progress import Progress, no_weight_bar
 from metier.recipes import making, proving, workbench
 from metier.recipes.finished import Found, find
@@ -208,6 +209,7 @@ def _make(plan: _Plan, source: _Source, directory: Path, progress: Progress) -> 
         task=plan.found.verdict.task,
         arm=plan.found.arm.name,
         kind="model" if plan.whole else "adapter",
+        encoder_decoder=is_seq2seq(engine.model),
         base=Path(plan.base).name if Path(plan.base).is_absolute() else plan.base,
         base_hash=plan.base_hash,
         template=trial.renderer.template,
@@ -324,7 +326,9 @@ def _settings(engine: Engine) -> Any:
 
     tokenizer = engine.renderer.tokenizer
     config: Any = GenerationConfig
+    seq2seq = is_seq2seq(engine.model)
     return config(
+        decoder_start_token_id=start_id(engine.model) if seq2seq else None,
         do_sample=False,
         max_new_tokens=engine.max_new_tokens,
         bos_token_id=tokenizer.bos_id,
@@ -356,6 +360,7 @@ def _save(model: Any, engine: Engine, directory: Path) -> None:
     model.generation_config = _settings(engine)
     with no_weight_bar():
         model.save_pretrained(str(directory))
+    name_own_head(model, directory)
     for file in directory.glob("*.safetensors"):  # written for the owner alone
         shutil.copymode(directory / "config.json", file)
 
@@ -367,7 +372,7 @@ def _load(plan: _Plan, trial: Trial, directory: Path) -> Engine:
         model = load_base(str(directory)).model
     else:
         model = load_adapter(load_base(plan.base), directory)
-    renderer = Renderer(Tokenizer.load(directory), "chat")
+    renderer = Renderer(Tokenizer.load(directory), "chat", encoder=is_seq2seq(model))
     return Engine(model, renderer, trial.max_new_tokens)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from metier.model.load import base_hash, load_tokenizer, locate
+from metier.model.load import base_hash, is_encoder_decoder, load_tokenizer, locate
 from metier.recipes.workbench import Workbench
 from metier.records import Example
 from metier.runs import fingerprint
@@ -158,11 +158,12 @@ class Keys:
         """What decides a base's answers: its weights, and how text and chats become ids."""
         name = arm.base or self._bench.task.bases()[0]
         if name not in self._bases:
-            tokenizer = load_tokenizer(locate(name))
+            tokenizer, encoder = load_tokenizer(locate(name)), is_encoder_decoder(name)
+            renderer = Renderer(tokenizer, self._bench.task.template, encoder=encoder)
             self._bases[name] = {
                 "weights": base_hash(name),
                 "tokenizer": tokenizer.fingerprint,
-                "renderer": Renderer(tokenizer, self._bench.task.template).fingerprint,
+                "renderer": renderer.fingerprint,
             }
         return self._bases[name]
 

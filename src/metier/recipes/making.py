@@ -26,6 +26,7 @@ from metier.model.generate import Engine
 from metier.model.head import HeadGenerator, load_head, with_head
 from metier.model.load import Base, base_hash, is_encoder_base, load_base
 from metier.model.prelude import virtual_tokens
+from metier.model.seq2seq import is_seq2seq
 from metier.model.tagger import TagGenerator, Tagger
 from metier.model.vocabulary import add_tokens, with_tokens_of
 from metier.progress import Progress
@@ -217,7 +218,8 @@ def make_engine(bench: Workbench, base: Base, tuned: Any = None) -> Engine:
             taught to stop: its answer ends where it begins the next turn.
 
     """
-    renderer = Renderer(base.tokenizer, bench.task.template)
+    encoder = is_seq2seq(base.model)
+    renderer = Renderer(base.tokenizer, bench.task.template, encoder=encoder)
     model = base.model if tuned is None else tuned
     limit = preflight.longest(bench.task.training, context_of(model))
     length = bench.task.max_new_tokens or _answer_length(bench, renderer, limit)

@@ -25,12 +25,13 @@ from metier.model.backbone import hidden_states
 from metier.model.decoder import evaluating, has_plain_cache, read_prefix
 from metier.model.encoder import is_encoder
 from metier.model.generate import Engine
-from metier.model.load import load_base
+from metier.model.load import is_encoder_decoder, load_base
 from metier.model.memory import SLACK, PeakMemory, give_back, resident
 from metier.model.prelude import virtual_tokens
 from metier.model.quantised import check_four_bit
+from metier.model.seq2seq import cache_bytes, encode, is_seq2seq
 from metier.progress import Progress
-from metier.recipes import making
+from metier.recipes import encoder_decoder, making
 from metier.recipes.workbench import Workbench
 from metier.task import Arm, Task
 from metier.text import tags
@@ -128,6 +129,7 @@ def plan(bench: Workbench, progress: Progress, made: Collection[str] = ()) -> Pl
 
     """
     _say_data(bench, progress)
+    encoder_decoder.check(bench, progress)
     progress.stage("estimate time and memory")
     arms = bench.task.chosen_arms()
     found = [_plan_elsewhere(bench, arm, made) for arm in arms if not _local(arm)]
@@ -144,6 +146,7 @@ def plan(bench: Workbench, progress: Progress, made: Collection[str] = ()) -> Pl
 def plan_training(bench: Workbench, progress: Progress) -> Plan:
     """The same for one training of a task's only arm, with one seed and no answers."""
     _say_data(bench, progress)
+    encoder_decoder.check(bench, progress)
     progress.stage("estimate time and memory")
     (arm,) = bench.task.chosen_arms()
     base = _Base(bench, bench.task.bases()[0], [arm])
@@ -233,16 +236,19 @@ class _Base:
     """Estimates, in seconds and bytes, for the arms over one base."""
 
     def __init__(self, bench: Workbench, name: str, arms: Sequence[Arm]) -> None:
-        self._bench, self._name = bench, name
+        self._bench, self._name, self._seq2seq = bench, name, is_encoder_decoder(name)
         self.seeds = len(bench.task.training.seeds)
         self._kept, self._speeds = _measure(bench, name, arms)
         # The base is measured once, for all arms that may forget.
-        self._first = next((arm for arm in arms if arm.may_forget), None)
+        self._first = next((arm for arm in arms if self._may_forget(arm)), None)
 
     def arm_name(self, arm: Arm) -> str:
         """How reports call an arm over this base."""
         several = len(self._bench.task.bases()) > 1
         return arm.model_copy(update={"base": self._name if several else ""}).name
+
+    def _may_forget(self, arm: Arm) -> bool:
+        return arm.may_forget and not self._seq2seq
 
     def making(self, arm: Arm, request: Request, seeds: int) -> float:
         """Trainings, or choosing a phrasing; refuses now what cannot be trained."""
@@ -269,7 +275,7 @@ class _Base:
         It writes once, for all arms that may forget.
         """
         training = self._bench.task.training
-        if not (training.rehearsal and arm.may_forget):
+        if not (training.rehearsal and self._may_forget(arm)):
             return 0.0, 0.0
         steps = training.epochs * math.ceil(len(self._bench.parts.train) / training.batch_size)
         written = rehearsal.TEXTS * rehearsal.LENGTH if arm == self._first else 0
@@ -287,7 +293,7 @@ class _Base:
 
     def forgetting(self, arm: Arm) -> float:
         """General text and minimal pairs, read by the base once and by every tuned model."""
-        if not arm.may_forget:
+        if not self._may_forget(arm):
             return 0.0
         tokens = _general_tokens(self._bench, self._kept[_model_of(arm)])
         after = len(self._bench.task.training.seeds) / self._speeds[_model_of(arm)].score
@@ -300,7 +306,7 @@ class _Base:
         if made or not arm.tuned:
             return speed.answering
         # The base writes as many texts side by side as it answers in a full batch.
-        return max(speed.training, self._speeds["base"].answering * arm.may_forget)
+        return max(speed.training, self._speeds["base"].answering * self._may_forget(arm))
 
     def _batched(self, arm: Arm, request: Request) -> float:
         speed = self._speeds[_model_of(arm)]
@@ -402,6 +408,8 @@ def _speed(engine: Engine) -> Speed:
 
 def _cache_bytes(engine: Engine) -> int:
     """Bytes of keys and values of a full batch; 0 where a model keeps something else."""
+    if is_seq2seq(engine.model):
+        return cache_bytes(engine.model) * engine.batch_tokens
     if not has_plain_cache(engine.model):
         return 0
     with evaluating(engine.model):
@@ -482,6 +490,9 @@ def _seconds_of(work: Callable[[int], Any], rows: int) -> float:
 @torch.inference_mode()
 def _read(engine: Engine, rows: int, length: int) -> None:
     ids = torch.ones(rows * length, dtype=torch.long, device=engine.model.device)
+    if is_seq2seq(engine.model):
+        encode(engine.model, list(ids.view(rows, length)))
+        return
     hidden_states(engine.model, ids, [length] * rows)
 
 

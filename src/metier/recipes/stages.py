@@ -21,7 +21,7 @@ from metier.model.load import load_base
 from metier.model.memory import PeakMemory
 from metier.model.world import World
 from metier.progress import Progress, Silent
-from metier.recipes import making, tuning
+from metier.recipes import encoder_decoder, making, tuning
 from metier.recipes.keys import Inputs, Keys
 from metier.recipes.workbench import Workbench, save
 from metier.records import Example
@@ -103,7 +103,8 @@ class Stages:
 
     def _rehearsal(self, arm: Arm) -> Path | None:
         """What the base wrote of its own, for an arm that should not forget it."""
-        if not (self._bench.task.training.rehearsal and arm.may_forget):
+        may_forget = encoder_decoder.may_forget(self._bench, arm)
+        if not (self._bench.task.training.rehearsal and may_forget):
             return None
 
         def make(path: Path) -> None:

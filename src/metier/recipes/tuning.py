@@ -15,6 +15,7 @@ from metier.model.device import compute_dtype
 from metier.model.head import Classifier, save_head
 from metier.model.load import Base
 from metier.model.memory import PeakMemory
+from metier.model.seq2seq import name_own_head
 from metier.model.tagger import Tagger
 from metier.model.world import World, gathered, shard
 from metier.progress import Progress
@@ -232,6 +233,7 @@ def _write(arm: Arm, base: Base, model: Any, directory: Path) -> None:
     if arm.tuning and not arm.tuning.adapter:
         # In what the device computes in, as it is loaded again: what is served was trained so.
         tuned.to(compute_dtype(tuned.device)).save_pretrained(directory)
+        name_own_head(tuned, directory)
         base.tokenizer.save(directory)
     else:
         save_adapter(tuned, directory, base)

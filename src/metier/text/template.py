@@ -3,6 +3,9 @@
 An example is the ids of its prompt followed by the ids of its answer, encoded apart. So what a
 model is trained on starts with exactly what it is served, whatever the tokenizer would have
 merged across the border. Earlier answers in a chat are encoded apart in the same way.
+
+Of an encoder-decoder, the prompt is one text for the encoder, which EOS ends, and the answer is
+another for the decoder.
 """
 
 from __future__ import annotations
@@ -45,6 +48,7 @@ class Renderer:
         tokenizer: text to ids.
         template: ``plain``, ``question-answer``, or ``chat`` (the tokenizer's own).
         stop_ids: ids that end an answer.
+        encoder: whether the model has an encoder for the prompt.
         next_turn: text with which a base that was not taught to stop goes on after an answer;
             empty where the template has none.
 
@@ -53,16 +57,19 @@ class Renderer:
 
     """
 
-    def __init__(self, tokenizer: Tokenizer, template: TemplateName) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, template: TemplateName, *, encoder: bool = False
+    ) -> None:
         self.tokenizer = tokenizer
         self.template = template
+        self.encoder = encoder
         self._layout: _Layout
         if tokenizer.frame:
             self._layout = _FramedLayout(tokenizer, *tokenizer.frame)
         elif template == "chat":
             self._layout = ChatLayout(tokenizer)
         else:
-            self._layout = _TextLayout(tokenizer, _FORMS[template])
+            self._layout = _TextLayout(tokenizer, _FORMS[template], encoder=encoder)
         self.next_turn = "" if template == "chat" else _FORMS[template].user[0].strip()
         self.stop_ids: frozenset[int] = tokenizer.stop_ids | {self._layout.stop_id}
 
@@ -114,7 +121,7 @@ class Renderer:
                 continue
             _check_asks(messages[:index])
             row = _row(talk, index)
-            if rows and row.ids[: len(rows[-1].ids)] == rows[-1].ids:
+            if rows and not self.encoder and row.ids[: len(rows[-1].ids)] == rows[-1].ids:
                 trained = rows.pop().trained
                 row = Rendered(row.ids, (*trained, *row.trained[len(trained) :]))
             rows.append(row)
@@ -146,6 +153,8 @@ class Renderer:
     def fingerprint(self) -> str:
         """Hash of everything that decides ids."""
         found: list[Any] = [self.template, self.tokenizer.fingerprint, sorted(self.stop_ids)]
+        if self.encoder:
+            found.append("encoder")
         # Raise when chat templates are written otherwise.
         return fingerprint([*found, 2] if self.template == "chat" else found)
 
@@ -224,21 +233,26 @@ _FORMS = {
 class _TextLayout:
     """``plain`` and ``question-answer``: text only, then EOS."""
 
-    def __init__(self, tokenizer: Tokenizer, form: _Form) -> None:
+    def __init__(self, tokenizer: Tokenizer, form: _Form, *, encoder: bool) -> None:
         self.stop_id = tokenizer.eos_id
         self._tokenizer = tokenizer
         self._form = form
+        self._encoder = encoder
 
     def talk(self, messages: list[Message], tools: Tools) -> _TextTalk:
         if tools:
             raise DataError("tools", "cannot be written by a text template", "set template: chat")
-        return _TextTalk(self._tokenizer, self._form, messages)
+        kind = _TwoTexts if self._encoder else _TextTalk
+        return kind(self._tokenizer, self._form, messages)
 
     def jinja(self) -> tuple[str, ...]:
+        if self._encoder:
+            return (_jinja(_TWO_TEXTS_JINJA, self._form),)
         if self._tokenizer.bos_id is None:
-            return (_jinja("''", self._form),)
+            return (_jinja(_JINJA.replace("START", "''"), self._form),)
         # Some tokenizers mark the start of a text with a blank, but not behind a control token.
-        return (_jinja("bos_token", self._form), _jinja("bos_token + ' '", self._form))
+        starts = ("bos_token", "bos_token + ' '")
+        return tuple(_jinja(_JINJA.replace("START", start), self._form) for start in starts)
 
 
 class _TextTalk:
@@ -310,6 +324,19 @@ class _FramedTalk:
         return [*self.tokenizer.encode(content), self.tokenizer.eos_id]
 
 
+class _TwoTexts(_TextTalk):
+    """The same for an encoder-decoder: nothing is merged across a border that is not there."""
+
+    def prompt(self, end: int) -> list[int]:
+        text = "".join(self._stretches(self._messages[:end]))
+        # The form's last line break would part the answer from the prompt.
+        return [*self._tokenizer.encode(text.rstrip("\n")), self._tokenizer.eos_id]
+
+    def answer(self, index: int) -> list[int]:
+        content = _text_of(self._messages[index], index)
+        return [*self._tokenizer.encode(content), self._tokenizer.eos_id]
+
+
 _JINJA = """
 {{- START -}}
 {%- for message in messages -%}
@@ -327,9 +354,29 @@ _JINJA = """
 {%- if add_generation_prompt -%}{{- BEFORE -}}{%- endif -%}
 """.strip()
 
+_TWO_TEXTS_JINJA = r"""
+{%- set all = namespace(text='') -%}
+{%- for message in messages -%}
+{%- set content = message['content'] or '' -%}
+{%- if message['role'] == 'assistant' and loop.last -%}
+{{- (all.text + BEFORE).rstrip('\n') + eos_token + content | trim + eos_token -}}
+{%- elif message['role'] == 'assistant' -%}
+{%- set all.text = all.text + BEFORE + content | trim + AFTER -%}
+{%- elif message['role'] == 'user' -%}
+{%- set all.text = all.text + USER + content + USER_END -%}
+{%- elif message['role'] in ['system', 'developer'] -%}
+{%- if content -%}{%- set all.text = all.text + SYSTEM + content + SYSTEM_END -%}{%- endif -%}
+{%- else -%}
+{{- raise_exception('messages of tools cannot be written by this template') -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- (all.text + BEFORE).rstrip('\n') + eos_token -}}{%- endif -%}
+""".strip()
+"""The same for an encoder-decoder. It writes nothing where nothing is asked or answered."""
 
-def _jinja(start: str, form: _Form) -> str:
-    """A form as a chat template; `start` is an expression."""
+
+def _jinja(template: str, form: _Form) -> str:
+    """A form as a chat template."""
     texts = {
         "USER_END": form.user[1],
         "USER": form.user[0],
@@ -338,7 +385,6 @@ def _jinja(start: str, form: _Form) -> str:
         "BEFORE": form.before_answer,
         "AFTER": form.after_answer,
     }
-    template = _JINJA.replace("START", start)
     for name, text in texts.items():
         template = template.replace(name, json.dumps(text))
     return template

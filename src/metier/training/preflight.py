@@ -22,6 +22,8 @@ _MARKUP = (
 )
 """What opens and ends turns in the chat templates that people use."""
 
+_SHOWN = 40
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -66,7 +68,11 @@ def prepare(
             the template leaves a part of it out; or the data is rendered already.
 
     """
-    notes = (*_of_template(renderer), *_of_markup(examples, renderer, part))
+    notes = (
+        *_of_template(renderer),
+        *_of_markup(examples, renderer, part),
+        *_of_vocabulary(examples, renderer, part),
+    )
     most = longest(training, limit)
     make = to_rows or (lambda example: render(example, renderer, training.turns))
     found = [(row, e) for e in examples for row in make(e)]
@@ -94,6 +100,27 @@ def _of_template(renderer: Renderer) -> list[str]:
     return [
         f"{renderer.tokenizer.name} has a chat template of its own, but template is "
         f"{renderer.template}: if it was taught to chat, template: chat is the form it knows"
+    ]
+
+
+def _of_vocabulary(examples: Sequence[Example], renderer: Renderer, part: str) -> list[str]:
+    """Say where the tokenizer does not give an answer back as it is written.
+
+    T5's has no braces, and makes blanks of line breaks.
+    """
+    tokenizer = renderer.tokenizer
+    found = [(e, tokenizer.decode(tokenizer.encode(e.answer)).strip()) for e in examples]
+    changed = [(e, e.answer.strip(), back) for e, back in found if back != e.answer.strip()]
+    if not changed:
+        return []
+    first, answer, back = changed[0]
+    pairs = enumerate(zip(answer, back, strict=False))
+    at = next((i for i, (a, b) in pairs if a != b), min(len(answer), len(back)))
+    start, end = max(0, at - _SHOWN // 2), at + _SHOWN // 2
+    return [
+        f"{len(changed):,} of {len(examples):,} {part} answers cannot be written as they are: "
+        f"{tokenizer.name} gives {answer[start:end]!r} of {first.source or f'example {first.id}'} "
+        f"back as {back[start:end]!r}"
     ]
 
 

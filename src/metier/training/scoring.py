@@ -12,8 +12,9 @@ from torch import Tensor
 from metier.model.backbone import context_of, inner, output_weight
 from metier.model.prelude import behind, prelude
 from metier.model.rows import side_by_side
+from metier.model.seq2seq import answer_states, head_scale, is_seq2seq
 from metier.model.world import is_in_parts
-from metier.training.forward import Forward, forward_of, mixed_precision
+from metier.training.forward import Forward, computes_bfloat16, forward_of, mixed_precision
 from metier.training.losses import Criterion, of_head, of_logits
 
 if TYPE_CHECKING:
@@ -34,8 +35,12 @@ class Scorer:
     def __init__(self, model: PreTrainedModel | PeftModel, *, compiled: bool = False) -> None:
         """Lay out a model; `compiled` is that of `forward.forward_of`."""
         self.model = model
+        self._sum: Callable[[Tensor, Sequence[int], Tensor, Criterion], Tensor]
+        if is_seq2seq(model):
+            self._sum = partial(_through_decoder, model, head_scale(model))
+            return
         weight = output_weight(model)
-        self._sum: Callable[[Tensor, Sequence[int], Tensor, Criterion], Tensor] = (
+        self._sum = (
             partial(_through_logits, model)
             if weight is None
             else partial(_through_head, forward_of(model, compiled=compiled), weight)
@@ -54,7 +59,8 @@ class Scorer:
         Args:
             ids: of rows one behind the other, shape (tokens,).
             lengths: of the rows, longest first.
-            wanted: which tokens count, shape (tokens,).
+            wanted: which tokens count, shape (tokens,); of an encoder-decoder's row the first of
+                them ends the prompt.
             criterion: of the tokens that count.
 
         """
@@ -70,6 +76,22 @@ def _through_head(
     criterion: Criterion,
 ) -> Tensor:
     return of_head(forward(ids, lengths)[wanted], weight(), criterion)
+
+
+def _through_decoder(
+    model: PreTrainedModel | PeftModel,
+    scale: float,
+    ids: Tensor,
+    lengths: Sequence[int],
+    wanted: Tensor,
+    criterion: Criterion,
+) -> Tensor:
+    """The same for an encoder-decoder, whose states are scaled before the head."""
+    with mixed_precision(model):
+        states = answer_states(model, ids, lengths, wanted) * scale
+    if computes_bfloat16(model):
+        states = states.bfloat16()
+    return of_head(states, inner(model).get_output_embeddings().weight, criterion)
 
 
 def _through_logits(
