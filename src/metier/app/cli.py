@@ -164,6 +164,13 @@ def _show_verdict(verdict: Verdict, directory: Path, as_json: bool) -> None:
     _tell(f"report: {directory / 'report.html'}")
 
 
+def _show_sweep(path: Path, as_json: bool) -> None:
+    from metier.app.tables import sweep_table
+    from metier.recipes.sweeping import read_sweep
+
+    _show({"path": str(path), "sweep": read_sweep(path.parent)}, sweep_table, as_json)
+
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         from importlib import metadata
@@ -264,6 +271,9 @@ def train(
     out: Out = None,
     overrides: Overrides = _NONE,
     budget: Budget = None,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="Search learning rate and rank on validation first.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Train one arm alone, without a verdict."""
@@ -271,8 +281,11 @@ def train(
     from metier.app.terminal import TerminalProgress
 
     with TerminalProgress() as progress:
-        path = recipes.train(task_file, arm, out, overrides, budget, progress)
-    _print({"path": str(path)}, as_json)
+        path = recipes.train(task_file, arm, out, overrides, budget, sweep, progress)
+    if sweep:
+        _show_sweep(path, as_json)
+    else:
+        _print({"path": str(path)}, as_json)
 
 
 @_command

@@ -167,6 +167,7 @@ def train(
     out: Path | None = None,
     overrides: Sequence[str] = (),
     budget: float | None = None,
+    sweep: bool = False,
     progress: Progress | None = None,
 ) -> Path:
     """Train one tuned arm with the task's first seed, without a verdict.
@@ -177,6 +178,8 @@ def train(
         out: run directory; see `run_directory`.
         overrides: ``key=value`` with dotted keys.
         budget: minutes the training may take; by default the task's.
+        sweep: try learning rates and ranks around the task's own on the validation part, and train
+            with the best (`recipes.sweeping`); ``sweep.json`` in the run directory says which.
         progress: is told every step.
 
     Returns:
@@ -194,7 +197,7 @@ def train(
     set_up_processor(progress)
     overrides = [*overrides, f"arms={json.dumps([arm])}"]
     directory = run_directory(Task.load(task_file, overrides).name, out)
-    return train_one(task_file, directory, overrides, budget, progress or Silent())
+    return train_one(task_file, directory, overrides, budget, progress or Silent(), sweep=sweep)
 
 
 def pretrain(

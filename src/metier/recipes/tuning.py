@@ -66,7 +66,8 @@ def tune(
     directory: Path,
     scratch: Path,
     world: World | None = None,
-) -> None:
+    part: float = 1.0,
+) -> State:
     """Train an arm; write adapter or model, head, wording, log and facts into `directory`.
 
     Args:
@@ -78,9 +79,15 @@ def tune(
         directory: receives the result, from the first process.
         scratch: keeps checkpoints; an interrupted training goes on from there.
         world: the processes that share the training; all call this.
+        part: of its steps; where that is not all of them, the training is paused behind them, and
+            nothing is written but checkpoints.
+
+    Returns:
+        where the training stands.
 
     Raises:
-        TrainingError: a row cannot be trained on, or training diverged.
+        DivergedError: training diverged.
+        TrainingError: a row cannot be trained on.
 
     """
     world = world or World()
@@ -95,12 +102,14 @@ def tune(
             shard(base.model, world)
         model = Classifier(tuned, bench.labels) if arm.mode == "head" else tuned
         progress.stage(f"train {arm.name}, seed {seed}", _steps(bench, arm, rows[0]))
-        settings = {"seed": seed, "world": world, "progress": progress}
+        settings = {"seed": seed, "world": world, "progress": progress, "part": part}
         state = _fit(bench, arm, model, rows, rehearsed, scratch, settings)
+    if part < 1:
+        return state
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     found = gathered(trained, world)
     if not world.first:
-        return
+        return state
     if in_parts:
         base, tuned = making.load_trainable(bench, arm, seed, "cpu")
         model = Classifier(tuned, bench.labels) if arm.mode == "head" else tuned
@@ -108,6 +117,7 @@ def tune(
     _write(arm, base, model, directory)
     shutil.copyfile(scratch / "log.jsonl", directory / "log.jsonl")
     _write_facts(state, rows, seed, memory.peak, directory)
+    return state
 
 
 def read_facts(directory: Path) -> Facts:
@@ -182,7 +192,7 @@ def _fit_head(
         classify.reading_rows(held),
         training.model_copy(update={"epochs": classify.READING_PASSES}),
         directory=scratch / "reading",
-        **settings,
+        **settings | {"part": 1.0},
     )
     loss = classify.head_loss(classifier)
     state = sft.fit(classifier, loss, train, held, training, directory=scratch, **settings)

@@ -9,14 +9,15 @@ loss there rises again while it still learns, as it grows too sure of itself (`d
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from metier.errors import TrainingError
+from metier.errors import DivergedError
 from metier.model.world import World
 from metier.progress import Progress, Silent
 from metier.task import Training, Tuning
@@ -57,6 +58,7 @@ def fit(
     judge: Judge | None = None,
     also: Callable[[int], Tensor] | None = None,
     directory: Path | None = None,
+    part: float = 1.0,
     world: World | None = None,
     progress: Progress | None = None,
 ) -> State:
@@ -73,26 +75,29 @@ def fit(
         judge: of the validation part; without one, the lowest loss chooses the parameters.
         also: what every step adds to its mean loss, such as a `rehearsal.loss`.
         directory: receives checkpoints and the log; an interrupted run goes on from there.
+        part: of its steps, after which the training is paused; its schedule is that of all. With
+            another `part` and the same directory it goes on.
         world: the processes that share the work.
         progress: is told every step.
 
     Returns:
-        steps, seconds, best loss, learning curve.
+        steps, seconds, best loss, learning curve; of a paused training with its loss now.
 
     Raises:
-        TrainingError: the gradient was not finite three times in a row, no validation loss was, or
-            memory does not suffice for the longest rows.
+        DivergedError: the gradient was not finite three times in a row, or no validation loss was.
+        TrainingError: memory does not suffice for the longest rows.
 
     """
     batches = row_batches(train, training, seed=seed)
     held_out = cut(validation, MICRO_TOKENS)
+    plan = _plan(batches.steps_per_epoch, training, seed)
     world = world or World()
     loop = Loop(
         model,
         loss,
         batches,
         [adamw(model, learning_rate, training.weight_decay)],
-        _plan(batches.steps_per_epoch, training, seed),
+        plan,
         also=also,
         directory=directory,
         evaluate=_evaluation(held_out, judge or _unjudged(loss), world) if held_out else None,
@@ -100,18 +105,28 @@ def fit(
         world=world,
         progress=progress or Silent(),
     )
-    state = loop.run()
+    state = loop.run(math.ceil(part * plan.steps))
+    if not state.finished:
+        state = _with_now(state, loop.figures())
     if held_out:
         _check_finite(state)
     return state
 
 
+def _with_now(state: State, figures: Mapping[str, float]) -> State:
+    """Where a paused training stands, its parameters of now among those that may be best."""
+    mistakes, loss = figures.get("validation_mistakes", 0.0), figures.get("loss", math.inf)
+    if not (mistakes, loss) < (state.best_mistakes, state.best_loss):
+        return state
+    return replace(state, best_mistakes=mistakes, best_loss=loss, best_step=state.step)
+
+
 def _check_finite(state: State) -> None:
     """Refuse parameters that were chosen by nothing."""
     if not math.isfinite(state.best_loss):
-        raise TrainingError(
+        raise DivergedError(
             "validation part",
-            f"its loss was never a finite number in {len(state.curve)} evaluations",
+            f"its loss was never a finite number in {state.step:,} steps",
             "lower training.learning_rate, or look whether the base gives numbers at all",
         )
 
@@ -139,7 +154,11 @@ def _unjudged(loss: Callable[[Batch], Tensor]) -> Judge:
 
 def default_learning_rate(model: Model, tuning: Tuning) -> float:
     """Peak learning rate for a base of this width and a way of updating it."""
-    width: int = model.config.get_text_config().hidden_size
+    return rate_of_width(model.config.get_text_config().hidden_size, tuning)
+
+
+def rate_of_width(width: int, tuning: Tuning) -> float:
+    """The same, from the width alone."""
     rate: float = _RATE * (width / _RATE_WIDTH) ** _RATE_EXPONENT
     return tuning.rate * rate
 
