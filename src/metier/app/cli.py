@@ -45,6 +45,7 @@ RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="Directory that 'met
 ArmName = Annotated[
     str | None, typer.Option(metavar="ARM", help="An arm; by default the one of the verdict.")
 ]
+TunedArm = Annotated[str, typer.Argument(metavar="ARM", help="A tuned arm: lora, full, ...")]
 Out = Annotated[Path | None, typer.Option(metavar="PATH", help="Where to write the result.")]
 Overrides = Annotated[
     list[str],
@@ -267,7 +268,7 @@ def run(
 @_command
 def train(
     task_file: TaskFile,
-    arm: Annotated[str, typer.Argument(metavar="ARM", help="A tuned arm: lora, full, ...")],
+    arm: TunedArm,
     out: Out = None,
     overrides: Overrides = _NONE,
     budget: Budget = None,
@@ -286,6 +287,26 @@ def train(
         _show_sweep(path, as_json)
     else:
         _print({"path": str(path)}, as_json)
+
+
+@_command
+def overfit(
+    task_file: TaskFile,
+    arm: TunedArm,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of the training part.")] = 8,
+    overrides: Overrides = _NONE,
+    as_json: Json = False,
+) -> None:
+    """See whether an arm can learn at all: a few rows by heart. Keeps nothing."""
+    from metier import recipes
+    from metier.app.tables import overfit_table
+    from metier.app.terminal import TerminalProgress
+
+    with TerminalProgress() as progress:
+        found = recipes.overfit(task_file, arm, rows, overrides, progress)
+    _show(found, overfit_table, as_json)
+    if not found.passed:
+        raise typer.Exit(2)
 
 
 @_command

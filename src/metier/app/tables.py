@@ -16,6 +16,7 @@ from metier.evaluation import card, units
 if TYPE_CHECKING:
     from metier.data.audit import Audit, Finding, Lengths
     from metier.evaluation.proof import Proof
+    from metier.recipes.overfitting import Overfit
     from metier.recipes.planning import Plan
     from metier.recipes.sweeping import Sweep
 
@@ -42,6 +43,21 @@ def export_table(exported: Mapping[str, Any]) -> RenderableType:
         table.add_row(*row)
     words = (card.asked(proof), card.explained(proof), f"Exported to {exported['path']}")
     return Group(table, *map(_cell, words))
+
+
+def overfit_table(found: Overfit) -> RenderableType:
+    """Whether an arm can learn, and what may be wrong where it cannot."""
+    steps = f"{found.steps:,} steps at learning rate {found.learning_rate:.3g}"
+    fell = f"loss {units.decimal(found.first_loss)} to {units.decimal(found.last_loss)}"
+    lines = [
+        f"{'passed' if found.passed else 'FAILED'}: {found.arm} wrote {found.written} of "
+        f"{found.rows} answers exactly after {steps}, {fell}"
+    ]
+    for one in found.missed:
+        end = "" if one.finished else " ... (it did not end)"
+        lines.append(f"  {one.row}: taught {one.taught!r}, written {one.written!r}{end}")
+    lines += [f"  may be wrong: {cause}" for cause in found.causes]
+    return Group(*map(_cell, lines))
 
 
 def sweep_table(swept: Mapping[str, Any]) -> RenderableType:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from metier.data.audit import Audit
     from metier.evaluation.schema import Verdict
     from metier.recipes.answering import Specialist
+    from metier.recipes.overfitting import Overfit
     from metier.recipes.planning import Plan
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "demo",
     "export",
     "init",
+    "overfit",
     "plan",
     "predict",
     "pretrain",
@@ -198,6 +200,37 @@ def train(
     overrides = [*overrides, f"arms={json.dumps([arm])}"]
     directory = run_directory(Task.load(task_file, overrides).name, out)
     return train_one(task_file, directory, overrides, budget, progress or Silent(), sweep=sweep)
+
+
+def overfit(
+    task_file: Path,
+    arm: str,
+    rows: int = 8,
+    overrides: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> Overfit:
+    """See whether a tuned arm can learn at all: train it on a few rows until it has them by heart.
+
+    Args:
+        task_file: task.yaml.
+        arm: a tuned arm, such as ``lora`` or ``full/head``.
+        rows: of the training part, the first that ask different things.
+        overrides: ``key=value`` with dotted keys.
+        progress: is told every step.
+
+    Returns:
+        whether it wrote every answer exactly, and if not, what may be wrong. Nothing is kept.
+
+    Raises:
+        ConfigError: the arm is not a tuned one, or does not fit the task.
+
+    """
+    from metier.model.device import set_up_processor
+    from metier.recipes import overfitting
+
+    set_up_processor(progress)
+    overrides = [*overrides, f"arms={json.dumps([arm])}"]
+    return overfitting.overfit(task_file, rows, overrides, progress or Silent())
 
 
 def pretrain(

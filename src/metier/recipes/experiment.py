@@ -112,16 +112,7 @@ def train_one(
 ) -> Path:
     """Train the only arm of a task with its first seed. See `recipes.train`."""
     task = read_task(task_file, overrides)
-    (arm,) = task.chosen_arms()
-    bases = task.bases()
-    if len(bases) > 1:
-        raise ConfigError(
-            "base",
-            f"names {len(bases)} bases, but one arm over one base is trained",
-            f"choose one of {', '.join(bases)}, e.g. --set base={bases[0]}",
-        )
-    if not arm.tuned:
-        raise ConfigError(f"arm '{arm.name}'", "is not trained", f"use {', '.join(TUNINGS)}")
+    arm = only_arm(task)
     planning.check_machine(task)
     minutes, seed = task.budget if budget is None else budget, task.training.seeds[0]
     directory = Run(out)
@@ -137,6 +128,26 @@ def train_one(
 
         _with_helpers(stages, world, make)
     return stages.place(arm, seed)
+
+
+def only_arm(task: Task) -> Arm:
+    """The only arm of a task, which is to be trained.
+
+    Raises:
+        ConfigError: it is not a tuned one, or the task names several bases.
+
+    """
+    (arm,) = task.chosen_arms()
+    bases = task.bases()
+    if len(bases) > 1:
+        raise ConfigError(
+            "base",
+            f"names {len(bases)} bases, but one arm over one base is trained",
+            f"choose one of {', '.join(bases)}, e.g. --set base={bases[0]}",
+        )
+    if not arm.tuned:
+        raise ConfigError(f"arm '{arm.name}'", "is not trained", f"use {', '.join(TUNINGS)}")
+    return arm
 
 
 def _sweep(

@@ -185,7 +185,6 @@ class Loop(Generic[B]):
         began = time.monotonic() - self.state.seconds
         thrift = Thrift()
         self._saved = time.monotonic()
-        self._progress.advance(self.state.step)
         while not self.state.finished and self.state.step < until:
             due = self._step()
             self._maybe_evaluate()
@@ -374,6 +373,7 @@ class Loop(Generic[B]):
         self._best = {n: part_like(self._trained[n], value) for n, value in found.best.items()}
         self._read_log(self._directory / "log.jsonl")
         self._progress.say(f"going on after step {self.state.step}")
+        self._progress.advance(self.state.step)
 
     def _restore(self, optimizer: torch.optim.Optimizer, states: checkpoint.States) -> None:
         """Give an optimiser the states of its parameters, whatever their order was."""

@@ -100,7 +100,7 @@ def fit(
         plan,
         also=also,
         directory=directory,
-        evaluate=_evaluation(held_out, judge or _unjudged(loss), world) if held_out else None,
+        evaluate=evaluation(held_out, judge or unjudged(loss), world) if held_out else None,
         hardest=cut(train, MICRO_TOKENS)[0],
         world=world,
         progress=progress or Silent(),
@@ -131,10 +131,13 @@ def _check_finite(state: State) -> None:
         )
 
 
-def _evaluation(
+def evaluation(
     held_out: Sequence[Batch], judge: Judge, world: World
 ) -> Callable[[], dict[str, float]]:
-    """Means over the trained tokens of the validation part."""
+    """Means over the trained tokens of some rows, of which there is one at least.
+
+    They are ``loss`` and, where the judge counts them, ``validation_mistakes``.
+    """
     weight = sum(part.weight for part in held_out)
 
     def figures() -> dict[str, float]:
@@ -147,7 +150,7 @@ def _evaluation(
     return figures
 
 
-def _unjudged(loss: Callable[[Batch], Tensor]) -> Judge:
+def unjudged(loss: Callable[[Batch], Tensor]) -> Judge:
     """The loss alone chooses."""
     return lambda batch: (loss(batch).item(),)
 
