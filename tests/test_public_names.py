@@ -14,6 +14,7 @@ PUBLIC = {
     "demo",
     "export",
     "init",
+    "overfit",
     "plan",
     "predict",
     "pretrain",

@@ -7,6 +7,7 @@
     ├── DataError                a row, a file, a split
     ├── ModelError               a base or adapter that cannot be loaded or does not fit
     ├── TrainingError            training refused to start, or stopped to save the run
+    │   └── DivergedError        its gradient or its loss was no finite number
     ├── RunError                 a run directory that is damaged, locked or missing
     ├── ExportError              what would be exported is not what was measured
     ├── BudgetError              the work would not fit the budget
@@ -54,6 +55,10 @@ class ModelError(MetierError):
 
 class TrainingError(MetierError):
     """Training refused to start, or stopped to save the run."""
+
+
+class DivergedError(TrainingError):
+    """The gradient of a training, or its loss, was no finite number."""
 
 
 class RunError(MetierError):

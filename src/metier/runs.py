@@ -170,9 +170,10 @@ class Run:
         self.path = path
         self.seconds: dict[str, float] = {}
         self._lock: int | None = None
-        self._new = not path.exists()
+        self._made: list[Path] = []
 
     def __enter__(self) -> Run:
+        self._made = [path for path in (self.path, *self.path.parents) if not path.exists()]
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -190,8 +191,11 @@ class Run:
     def __exit__(self, *exc: object) -> None:
         if self._lock is None:
             return
-        if self._new and os.listdir(self.path) == [".lock"]:  # nothing was made
-            shutil.rmtree(self.path)
+        if self._made and os.listdir(self.path) == [".lock"]:  # nothing was made
+            (self.path / ".lock").unlink()
+            with contextlib.suppress(OSError):  # another command has begun beside it
+                for directory in self._made:
+                    directory.rmdir()
         os.close(self._lock)
         self._lock = None
 

@@ -113,9 +113,9 @@ def plan(task_file, overrides=(), progress=None):
     return Plan(arms=arms, minutes=float("nan"), memory=10**9)
 
 
-def train(task_file, arm, out=None, overrides=(), budget=None, progress=None):
-    calls.append(("train", task_file, arm, out, list(overrides), budget))
-    return Path("runs/x")
+def train(task_file, arm, out=None, overrides=(), budget=None, sweep=False, progress=None):
+    calls.append(("train", task_file, arm, out, list(overrides), budget, sweep))
+    return (out or Path("runs")) / "x"
 
 
 def pretrain(config_file, out=None, overrides=(), progress=None):

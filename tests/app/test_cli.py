@@ -164,6 +164,48 @@ def test_an_export_is_json_too(cli, tmp_path):
     assert printed["proof"]["forms"][0]["ties"] == [{"prompt": "row 2", "token": 4, "gap": 0.1}]
 
 
+SWEEP = {
+    "arm": "lora",
+    "seed": 0,
+    "directory": "x",
+    "trials": [
+        {
+            "learning_rate": 0.0063,
+            "rank": 8,
+            "overrides": ["training.learning_rate=0.0063", "training.lora.rank=8"],
+            "rungs": [{"rung": 2, "steps": 1200, "validation_loss": 1.5, "seconds": 61.0}],
+        },
+        {
+            "learning_rate": 0.0021,
+            "rank": 16,
+            "overrides": [],
+            "rungs": [{"rung": 1, "failed": "step 3: no number"}],
+        },
+    ],
+}
+
+
+def test_a_sweep_shows_what_it_tried(cli, tmp_path):
+    (tmp_path / "sweep.json").write_text(json.dumps(SWEEP))
+    done = cli("train", "t.yaml", "lora", "--sweep", "--out", tmp_path)
+    assert done.exit_code == 0, done.output
+    assert stub.calls[-1][-1] is True
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert ["→", "0.0063", "8", "2", "1,200", "–", "1.500", "1", "min", "1", "s"] in lines
+    assert ["0.0021", "16", "1", "0", "–", "–", "0", "s"] in lines
+    assert "learning rate 0.0021: step 3: no number" in done.stdout
+    settings = "--set training.learning_rate=0.0063 --set training.lora.rank=8"
+    assert settings in " ".join(done.stdout.split())
+    printed = json.loads(
+        cli("train", "t.yaml", "lora", "--sweep", "--out", tmp_path, "--json").stdout
+    )
+    assert printed["path"] == str(tmp_path / "x")
+    assert [trial["rungs"][0]["rung"] for trial in printed["sweep"]["trials"]] == [2, 1]
+    missing = cli("train", "t.yaml", "lora", "--sweep", "--out", tmp_path / "none")
+    assert missing.exit_code == 2
+    assert "sweep.json: cannot be read" in missing.stderr
+
+
 # --- what goes wrong
 
 

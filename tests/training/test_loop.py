@@ -144,6 +144,23 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(tmp_path: Path, at: i
     assert len(logs[0].splitlines()) == 30
 
 
+@pytest.mark.parametrize("at", [1, 5, 29, 30])
+def test_a_paused_run_ends_like_one_that_was_not(tmp_path: Path, at: int) -> None:
+    figures = {"loss": 1.0}
+    whole, loop = make(Stream(), directory=tmp_path / "whole", evaluate=lambda: dict(figures))
+    expected = loop.run()
+
+    _, loop = make(Stream(), directory=tmp_path / "paused", evaluate=lambda: dict(figures))
+    state = loop.run(at)
+    assert (state.step, state.finished) == (at, at == 30)
+    assert loop.figures() == figures
+    continued, loop = make(Stream(), directory=tmp_path / "paused", evaluate=lambda: dict(figures))
+    assert loop.run() == expected
+    assert torch.equal(weights(whole), weights(continued))
+    logs = [(tmp_path / name / "log.jsonl").read_bytes() for name in ("whole", "paused")]
+    assert logs[0] == logs[1]
+
+
 class SlowStream(DyingStream):
     """Every step takes a tenth of a second."""
 

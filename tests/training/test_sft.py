@@ -74,9 +74,36 @@ def test_a_validation_loss_that_is_never_finite_is_refused() -> None:
         training = Training(epochs=len(factors), patience=0)
         return fit(model, loss, rows, rows, training, learning_rate=1e-3, seed=0)
 
-    with pytest.raises(TrainingError, match="never a finite number in 2 evaluations"):
+    with pytest.raises(TrainingError, match="never a finite number in 2 steps"):
         train(math.inf, math.nan)
     assert train(math.inf, 1.0).best_step == 2, "control: one finite loss is enough"
+
+
+def test_a_paused_training_says_how_good_it_is_now(tmp_path: Path) -> None:
+    """Without a word of it in what goes on: that is the training that was never paused."""
+
+    def train(directory: Path, part: float) -> State:
+        torch.manual_seed(0)
+        model = torch.nn.Linear(1, 1)
+
+        def loss(batch: Batch) -> torch.Tensor:
+            return ((model(batch.ids[:, None].float()) - 1) ** 2).sum()
+
+        rows = [Row((token, 2, 3), (False, True, True)) for token in range(6)]
+        training = Training(epochs=2, batch_size=2, patience=0)
+        return fit(
+            model, loss, rows, rows[:2], training, learning_rate=0.05, seed=0, directory=directory,
+            part=part,
+        )  # fmt: skip
+
+    whole = train(tmp_path / "whole", 1.0)
+    early = train(tmp_path / "paused", 2 / 6)
+    assert (early.step, early.best_step, early.finished) == (2, 2, False)
+    assert early.best_loss > whole.best_loss
+    assert early.curve == [], "the point of now is of no evaluation of the training"
+    late = train(tmp_path / "paused", 5 / 6)
+    assert (late.step, late.best_step) == (5, 5)
+    assert train(tmp_path / "paused", 1.0) == whole
 
 
 def test_the_loss_is_cross_entropy_on_the_answer_alone(stories260k: Path) -> None:

@@ -45,6 +45,7 @@ RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="Directory that 'met
 ArmName = Annotated[
     str | None, typer.Option(metavar="ARM", help="An arm; by default the one of the verdict.")
 ]
+TunedArm = Annotated[str, typer.Argument(metavar="ARM", help="A tuned arm: lora, full, ...")]
 Out = Annotated[Path | None, typer.Option(metavar="PATH", help="Where to write the result.")]
 Overrides = Annotated[
     list[str],
@@ -164,6 +165,13 @@ def _show_verdict(verdict: Verdict, directory: Path, as_json: bool) -> None:
     _tell(f"report: {directory / 'report.html'}")
 
 
+def _show_sweep(path: Path, as_json: bool) -> None:
+    from metier.app.tables import sweep_table
+    from metier.recipes.sweeping import read_sweep
+
+    _show({"path": str(path), "sweep": read_sweep(path.parent)}, sweep_table, as_json)
+
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         from importlib import metadata
@@ -262,10 +270,13 @@ def run(
 @_command
 def train(
     task_file: TaskFile,
-    arm: Annotated[str, typer.Argument(metavar="ARM", help="A tuned arm: lora, full, ...")],
+    arm: TunedArm,
     out: Out = None,
     overrides: Overrides = _NONE,
     budget: Budget = None,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="Search learning rate and rank on validation first.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Train one arm alone, without a verdict."""
@@ -273,8 +284,31 @@ def train(
     from metier.app.terminal import TerminalProgress
 
     with TerminalProgress() as progress:
-        path = recipes.train(task_file, arm, out, overrides, budget, progress)
-    _print({"path": str(path)}, as_json)
+        path = recipes.train(task_file, arm, out, overrides, budget, sweep, progress)
+    if sweep:
+        _show_sweep(path, as_json)
+    else:
+        _print({"path": str(path)}, as_json)
+
+
+@_command
+def overfit(
+    task_file: TaskFile,
+    arm: TunedArm,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of the training part.")] = 8,
+    overrides: Overrides = _NONE,
+    as_json: Json = False,
+) -> None:
+    """See whether an arm can learn at all: a few rows by heart. Keeps nothing."""
+    from metier import recipes
+    from metier.app.tables import overfit_table
+    from metier.app.terminal import TerminalProgress
+
+    with TerminalProgress() as progress:
+        found = recipes.overfit(task_file, arm, rows, overrides, progress)
+    _show(found, overfit_table, as_json)
+    if not found.passed:
+        raise typer.Exit(2)
 
 
 @_command

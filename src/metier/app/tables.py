@@ -16,7 +16,9 @@ from metier.evaluation import card, units
 if TYPE_CHECKING:
     from metier.data.audit import Audit, Finding, Lengths
     from metier.evaluation.proof import Proof
+    from metier.recipes.overfitting import Overfit
     from metier.recipes.planning import Plan
+    from metier.recipes.sweeping import Sweep
 
 
 def plan_table(plan: Plan) -> RenderableType:
@@ -40,6 +42,52 @@ def export_table(exported: Mapping[str, Any]) -> RenderableType:
     for row in card.results(proof):
         table.add_row(*row)
     words = (card.asked(proof), card.explained(proof), f"Exported to {exported['path']}")
+    return Group(table, *map(_cell, words))
+
+
+def overfit_table(found: Overfit) -> RenderableType:
+    """Whether an arm can learn, and what may be wrong where it cannot."""
+    steps = f"{found.steps:,} steps at learning rate {found.learning_rate:.3g}"
+    fell = f"loss {units.decimal(found.first_loss)} to {units.decimal(found.last_loss)}"
+    lines = [
+        f"{'passed' if found.passed else 'FAILED'}: {found.arm} wrote {found.written} of "
+        f"{found.rows} answers exactly after {steps}, {fell}"
+    ]
+    for one in found.missed:
+        end = "" if one.finished else " ... (it did not end)"
+        lines.append(f"  {one.row}: taught {one.taught!r}, written {one.written!r}{end}")
+    lines += [f"  may be wrong: {cause}" for cause in found.causes]
+    return Group(*map(_cell, lines))
+
+
+def sweep_table(swept: Mapping[str, Any]) -> RenderableType:
+    """How far each setting came, the winner first, and how to use it."""
+    sweep: Sweep = swept["sweep"]
+    table = Table("", box=box.SIMPLE_HEAD, pad_edge=False)
+    ranked = any(trial.rank for trial in sweep.trials)
+    names = ("learning rate", *["rank"] * ranked, "rung", "steps", "mistakes", "loss", "time")
+    for name in names:
+        table.add_column(name, justify="right")
+    for place, trial in enumerate(sweep.trials):
+        last = trial.rungs[-1]
+        table.add_row(
+            "→" if place == 0 else "",
+            f"{trial.learning_rate:g}",
+            *[str(trial.rank)] * ranked,
+            str(last.rung),
+            f"{last.steps:,}",
+            units.percent(last.validation_mistakes),
+            units.decimal(last.validation_loss),
+            units.seconds(last.seconds),
+        )
+    told = [
+        f"learning rate {trial.learning_rate:g}: {trial.rungs[-1].failed}"
+        for trial in sweep.trials
+        if trial.rungs[-1].failed
+    ]
+    settings = " ".join(f"--set {change}" for change in sweep.trials[0].overrides)
+    use = f"To use it elsewhere: {settings}" if settings else "The task's own setting is the best."
+    words = ("Mistakes and loss are of the validation part.", *told, use, f"Made: {swept['path']}")
     return Group(table, *map(_cell, words))
 
 

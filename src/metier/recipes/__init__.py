@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from metier.data.audit import Audit
     from metier.evaluation.schema import Verdict
     from metier.recipes.answering import Specialist
+    from metier.recipes.overfitting import Overfit
     from metier.recipes.planning import Plan
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "demo",
     "export",
     "init",
+    "overfit",
     "plan",
     "predict",
     "pretrain",
@@ -168,6 +170,7 @@ def train(
     out: Path | None = None,
     overrides: Sequence[str] = (),
     budget: float | None = None,
+    sweep: bool = False,
     progress: Progress | None = None,
 ) -> Path:
     """Train one tuned arm with the task's first seed, without a verdict.
@@ -178,6 +181,8 @@ def train(
         out: run directory; see `run_directory`.
         overrides: ``key=value`` with dotted keys.
         budget: minutes the training may take; by default the task's.
+        sweep: try learning rates and ranks around the task's own on the validation part, and train
+            with the best (`recipes.sweeping`); ``sweep.json`` in the run directory says which.
         progress: is told every step.
 
     Returns:
@@ -195,7 +200,38 @@ def train(
     set_up_processor(progress)
     overrides = [*overrides, f"arms={json.dumps([arm])}"]
     directory = run_directory(Task.load(task_file, overrides).name, out)
-    return train_one(task_file, directory, overrides, budget, progress or Silent())
+    return train_one(task_file, directory, overrides, budget, progress or Silent(), sweep=sweep)
+
+
+def overfit(
+    task_file: Path,
+    arm: str,
+    rows: int = 8,
+    overrides: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> Overfit:
+    """See whether a tuned arm can learn at all: train it on a few rows until it has them by heart.
+
+    Args:
+        task_file: task.yaml.
+        arm: a tuned arm, such as ``lora`` or ``full/head``.
+        rows: of the training part, the first that ask different things.
+        overrides: ``key=value`` with dotted keys.
+        progress: is told every step.
+
+    Returns:
+        whether it wrote every answer exactly, and if not, what may be wrong. Nothing is kept.
+
+    Raises:
+        ConfigError: the arm is not a tuned one, or does not fit the task.
+
+    """
+    from metier.model.device import set_up_processor
+    from metier.recipes import overfitting
+
+    set_up_processor(progress)
+    overrides = [*overrides, f"arms={json.dumps([arm])}"]
+    return overfitting.overfit(task_file, rows, overrides, progress or Silent())
 
 
 def pretrain(

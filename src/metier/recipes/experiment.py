@@ -6,10 +6,11 @@ interrupted goes on after its last finished stage, and a changed setting redoes 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import numpy as np
 from metier import runs
 from metier.data.ledger import Opening
 from metier.errors import ConfigError
-from metier.evaluation import advice, forgetting, runner
+from metier.evaluation import advice, forgetting, runner, units
 from metier.evaluation.comparison import Measured
 from metier.evaluation.report import write_report
 from metier.evaluation.schema import (
@@ -31,9 +32,9 @@ from metier.evaluation.schema import (
 )
 from metier.evaluation.verdict import decide
 from metier.graders import summarise
-from metier.model.world import joined
+from metier.model.world import World, joined
 from metier.progress import Progress
-from metier.recipes import encoder_decoder, making, planning, tuning
+from metier.recipes import encoder_decoder, making, planning, sweeping, tuning
 from metier.recipes.finished import read_verdict
 from metier.recipes.stages import Stages, all_arms, to_json
 from metier.recipes.workbench import Workbench, open_workbench, read_task
@@ -79,17 +80,17 @@ def run(
     _check_reference(task)
     planning.check_machine(task)
     making.check_bases(task)
-    progress.stage("read and split the data")
-    bench = open_workbench(task, task_file.parent)
-    directory = Run(out)
-    minutes = task.budget if budget is None else budget
+    minutes, directory = task.budget if budget is None else budget, Run(out)
+    with _held(directory) as world:
+        progress.stage("read and split the data")
+        bench = open_workbench(task, task_file.parent)
+        stages = Stages(bench, directory, progress, world)
 
-    def compare(stages: Stages) -> None:
-        planning.hold(planning.plan(bench, progress, stages.made()), minutes)
-        with directory:
+        def compare() -> None:
+            planning.hold(planning.plan(bench, progress, stages.made()), minutes)
             Experiment(bench, directory, stages).compare(minutes)
 
-    _with_helpers(bench, directory, progress, compare)
+        _with_helpers(stages, world, compare)
     return read_verdict(out)
 
 
@@ -107,9 +108,37 @@ def train_one(
     overrides: Iterable[str],
     budget: float | None,
     progress: Progress,
+    *,
+    sweep: bool,
 ) -> Path:
     """Train the only arm of a task with its first seed. See `recipes.train`."""
     task = read_task(task_file, overrides)
+    arm = only_arm(task)
+    planning.check_machine(task)
+    making.check_bases(task)
+    minutes, seed = task.budget if budget is None else budget, task.training.seeds[0]
+    directory = Run(out)
+    with _held(directory) as world:
+        bench = open_workbench(task, task_file.parent)
+        stages = Stages(bench, directory, progress, world)
+        if sweep:
+            return _sweep(bench, arm, directory, minutes, progress, world)
+
+        def make() -> None:
+            planning.hold(planning.plan_training(bench, progress), minutes)
+            stages.make(arm, seed)
+
+        _with_helpers(stages, world, make)
+    return stages.place(arm, seed)
+
+
+def only_arm(task: Task) -> Arm:
+    """The only arm of a task, which is to be trained.
+
+    Raises:
+        ConfigError: it is not a tuned one, or the task names several bases.
+
+    """
     (arm,) = task.chosen_arms()
     bases = task.bases()
     if len(bases) > 1:
@@ -120,32 +149,44 @@ def train_one(
         )
     if not arm.tuned:
         raise ConfigError(f"arm '{arm.name}'", "is not trained", f"use {', '.join(TUNINGS)}")
-    planning.check_machine(task)
-    making.check_bases(task)
-    bench = open_workbench(task, task_file.parent)
-    minutes, seed = task.budget if budget is None else budget, task.training.seeds[0]
-    directory = Run(out)
-
-    def make(stages: Stages) -> None:
-        planning.hold(planning.plan_training(bench, progress), minutes)
-        with directory:
-            stages.make(arm, seed)
-
-    return _with_helpers(bench, directory, progress, make).place(arm, seed)
+    return arm
 
 
-def _with_helpers(
-    bench: Workbench, directory: Run, progress: Progress, work: Callable[[Stages], None]
-) -> Stages:
+def _sweep(
+    bench: Workbench, arm: Arm, directory: Run, minutes: float, progress: Progress, world: World
+) -> Path:
+    """Search an arm's setting within a budget."""
+    if world.size > 1:
+        raise ConfigError(
+            "torchrun",
+            "a sweep is the work of one process",
+            "start it without torchrun; what it finds can be trained by several processes",
+        )
+    settings = sweeping.grid(bench, arm)
+    work = sweeping.trainings(len(settings))
+    estimate = planning.plan_training(bench, progress, work)
+    planning.hold(estimate, minutes)
+    progress.say(
+        f"{len(settings)} settings are about as much work as {work:.1f} trainings: "
+        f"{units.seconds(estimate.minutes * 60)}"
+    )
+    return sweeping.sweep(bench, arm, bench.task.training.seeds[0], directory, progress)
+
+
+@contextlib.contextmanager
+def _held(directory: Run) -> Iterator[World]:
+    """Hold a run directory before any work; of several processes the first one does."""
+    with joined() as world, directory if world.first else contextlib.nullcontext():
+        yield world
+
+
+def _with_helpers(stages: Stages, world: World, work: Callable[[], None]) -> None:
     """Do some work; other processes that torchrun has started only share its trainings."""
-    with joined() as world:
-        stages = Stages(bench, directory, progress, world)
-        if world.first:
-            work(stages)
-            stages.dismiss()
-        else:
-            stages.help()
-    return stages
+    if world.first:
+        work()
+        stages.dismiss()
+    else:
+        stages.help()
 
 
 class Experiment:

@@ -143,14 +143,14 @@ def plan(bench: Workbench, progress: Progress, made: Collection[str] = ()) -> Pl
     )
 
 
-def plan_training(bench: Workbench, progress: Progress) -> Plan:
-    """The same for one training of a task's only arm, with one seed and no answers."""
+def plan_training(bench: Workbench, progress: Progress, trainings: float = 1) -> Plan:
+    """The same for trainings of a task's only arm, without answers."""
     _say_data(bench, progress)
     encoder_decoder.check(bench, progress)
     progress.stage("estimate time and memory")
     (arm,) = bench.task.chosen_arms()
     base = _Base(bench, bench.task.bases()[0], [arm])
-    seconds = base.making(arm, base.request(arm), seeds=1)
+    seconds = base.making(arm, base.request(arm), trainings)
     memory = base.memory(arm, made=False)
     found = ArmPlan(arm=arm.name, minutes=seconds / 60, memory=memory)
     return Plan(arms=(found,), minutes=found.minutes, memory=memory)
@@ -250,7 +250,7 @@ class _Base:
     def _may_forget(self, arm: Arm) -> bool:
         return arm.may_forget and not self._seq2seq
 
-    def making(self, arm: Arm, request: Request, seeds: int) -> float:
+    def making(self, arm: Arm, request: Request, trainings: float) -> float:
         """Trainings, or choosing a phrasing; refuses now what cannot be trained."""
         parts = self._bench.parts
         if not arm.tuned:
@@ -267,7 +267,7 @@ class _Base:
         # Validation is read only: a third of the work.
         tokens = passes * (train + held / 3)
         again, writing = self._rehearsal(arm)
-        return seeds * (tokens / self._speeds[_model_of(arm)].train + again) + writing
+        return trainings * (tokens / self._speeds[_model_of(arm)].train + again) + writing
 
     def _rehearsal(self, arm: Arm) -> tuple[float, float]:
         """Seconds of each training against forgetting, and until the base has written for it.

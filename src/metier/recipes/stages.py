@@ -28,6 +28,7 @@ from metier.records import Example
 from metier.runs import Run, fingerprint
 from metier.task import Arm
 from metier.training import rehearsal
+from metier.training.loop import State
 
 
 class Stages:
@@ -75,11 +76,21 @@ class Stages:
         """Make an arm, or find it made; the seed counts for a tuned one."""
         bench, progress, stage = self._bench, self._progress, self._stage(arm, seed)
         if arm.tuned:
-            return self._resumable(*stage, partial(self._tune, arm, seed, self._rehearsal(arm)))
+            return self._resumable(*stage, partial(self._tune, arm, seed, self.rehearsal(arm)))
         if arm.method == "classical":
             progress.stage("fit classical")
             return self._run.stage(*stage, lambda p: making.fit_classical(bench, p))
         return self._run.stage(*stage, lambda p: making.choose_phrasing(bench, arm, p, progress))
+
+    def begin(self, arm: Arm, seed: int, part: float) -> State:
+        """Train an arm for a part of its steps; `make` goes on from there."""
+        scratch = self.unfinished(arm, seed)
+        written = self.rehearsal(arm)
+        return self._train(arm, seed, written, scratch, scratch, part)
+
+    def unfinished(self, arm: Arm, seed: int) -> Path:
+        """Where checkpoints of a training lie until it is finished."""
+        return self._run.path / "unfinished" / self.place(arm, seed).name
 
     def _tune(self, arm: Arm, seed: int, written: Path | None, path: Path, scratch: Path) -> None:
         self._world.agree(json.dumps([arm.model_dump(), seed, *map(str, (written or "", scratch))]))
@@ -96,12 +107,15 @@ class Stages:
         """Let the other processes go."""
         self._world.agree()
 
-    def _train(self, arm: Arm, seed: int, written: Path | None, path: Path, scratch: Path) -> None:
+    def _train(
+        self, arm: Arm, seed: int, written: Path | None, path: Path, scratch: Path, part: float = 1
+    ) -> State:
         rehearsed = rehearsal.Rehearsal.load(written) if written else None
-        progress = self._progress
-        tuning.tune(self._bench, arm, seed, rehearsed, progress, path, scratch, self._world)
+        return tuning.tune(
+            self._bench, arm, seed, rehearsed, self._progress, path, scratch, self._world, part
+        )
 
-    def _rehearsal(self, arm: Arm) -> Path | None:
+    def rehearsal(self, arm: Arm) -> Path | None:
         """What the base wrote of its own, for an arm that should not forget it."""
         may_forget = encoder_decoder.may_forget(self._bench, arm)
         if not (self._bench.task.training.rehearsal and may_forget):

@@ -69,7 +69,8 @@ def tune(
     directory: Path,
     scratch: Path,
     world: World | None = None,
-) -> None:
+    part: float = 1.0,
+) -> State:
     """Train an arm; write adapter or model, head, wording, log and facts into `directory`.
 
     Args:
@@ -81,9 +82,15 @@ def tune(
         directory: receives the result, from the first process.
         scratch: keeps checkpoints; an interrupted training goes on from there.
         world: the processes that share the training; all call this.
+        part: of its steps; where that is not all of them, the training is paused behind them, and
+            nothing is written but checkpoints.
+
+    Returns:
+        where the training stands.
 
     Raises:
-        TrainingError: a row cannot be trained on, or training diverged.
+        DivergedError: training diverged.
+        TrainingError: a row cannot be trained on.
 
     """
     world = world or World()
@@ -96,14 +103,16 @@ def tune(
             progress.say(f"note: {note}")
         if in_parts:
             shard(base.model, world)
-        model = _with_head(bench, arm, tuned)
+        model = with_head(bench, arm, tuned)
         progress.stage(f"train {arm.name}, seed {seed}", _steps(bench, arm, rows[0]))
-        settings = {"seed": seed, "world": world, "progress": progress}
+        settings = {"seed": seed, "world": world, "progress": progress, "part": part}
         state = _fit(bench, arm, model, rows, rehearsed, scratch, settings)
+    if part < 1:
+        return state
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     found = gathered(trained, world)
     if not world.first:
-        return
+        return state
     if in_parts:
         base, tuned = making.load_trainable(bench, arm, seed, "cpu")
         model = _again(model, tuned) if arm.headed else tuned
@@ -111,6 +120,7 @@ def tune(
     _write(arm, base, model, directory)
     shutil.copyfile(scratch / "log.jsonl", directory / "log.jsonl")
     _write_facts(state, rows, seed, memory.peak, directory)
+    return state
 
 
 def read_facts(directory: Path) -> Facts:
@@ -134,7 +144,7 @@ def notes(trainings: Sequence[Facts]) -> list[str]:
     return found
 
 
-def _with_head(bench: Workbench, arm: Arm, tuned: Any) -> Any:
+def with_head(bench: Workbench, arm: Arm, tuned: Any) -> Any:
     """The model that is trained, with the head of its arm if that has one."""
     if arm.mode == "tags":
         return Tagger(tuned, tagging.labels_of(bench.parts.train))
@@ -206,7 +216,7 @@ def _fit_head(
             classify.reading_rows(held),
             training.model_copy(update={"epochs": reading}),
             directory=scratch / "reading",
-            **settings,
+            **settings | {"part": 1.0},
         )
     classify.start_at_shares(classifier, train)
     weights = training.class_weights

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from metier import runs
-from metier.errors import TrainingError
+from metier.errors import DivergedError, TrainingError
 from metier.model import checkpoint
 from metier.model.memory import Thrift
 from metier.model.world import World, gathered, part_like
@@ -167,29 +167,42 @@ class Loop(Generic[B]):
         self._peaks = [[group["lr"] for group in opt.param_groups] for opt in optimizers]
         self.state = State()
 
-    def run(self) -> State:
+    def run(self, until: int | None = None) -> State:
         """Train to the end, or from the last checkpoint to the end; keep the best parameters.
 
+        Args:
+            until: a step to pause after, with a checkpoint from which the same training goes on;
+                the parameters stay as they are then.
+
         Raises:
-            TrainingError: the gradient was not finite three times in a row, or memory does not
-                suffice for the hardest micro-batch.
+            DivergedError: the gradient was not finite three times in a row.
+            TrainingError: memory does not suffice for the hardest micro-batch.
 
         """
+        until = self._plan.steps if until is None else until
         self._resume()
         self._try_hardest()
         began = time.monotonic() - self.state.seconds
         thrift = Thrift()
         self._saved = time.monotonic()
-        self._progress.advance(self.state.step)
-        while not self.state.finished:
+        while not self.state.finished and self.state.step < until:
             due = self._step()
             self._maybe_evaluate()
             thrift.look()
             self.state.seconds = time.monotonic() - began
-            if due or self.state.finished:
+            if due or self.state.finished or self.state.step == until:
                 self._save()
-        self._take_best()
+        if self.state.finished:
+            self._take_best()
         return self.state
+
+    def figures(self) -> dict[str, float]:
+        """What `evaluate` gives now; nothing of the run depends on it."""
+        if self._evaluate is None:
+            return {}
+        self._model.eval()
+        with torch.no_grad():
+            return dict(self._evaluate())
 
     def _step(self) -> bool:
         """One optimiser step. Returns whether a checkpoint is due."""
@@ -268,7 +281,7 @@ class Loop(Generic[B]):
         self.state.skipped += 1
         self.state.skipped_in_a_row += 1
         if self.state.skipped_in_a_row >= _BAD_STEPS:
-            raise TrainingError(
+            raise DivergedError(
                 f"step {step}",
                 f"the gradient was not finite {_BAD_STEPS} times in a row",
                 "lower the learning rate, or look at the rows of this step",
@@ -291,9 +304,7 @@ class Loop(Generic[B]):
         every, state = self._plan.evaluate_every, self.state
         if self._evaluate is None or not (state.finished or (every and state.step % every == 0)):
             return
-        self._model.eval()
-        with torch.no_grad():
-            figures = dict(self._evaluate())
+        figures = self.figures()
         loss = figures.pop("loss")
         mean = state.train_sum / max(1, state.train_steps)
         point = {"step": state.step, "train_loss": mean, "validation_loss": loss}
@@ -362,6 +373,7 @@ class Loop(Generic[B]):
         self._best = {n: part_like(self._trained[n], value) for n, value in found.best.items()}
         self._read_log(self._directory / "log.jsonl")
         self._progress.say(f"going on after step {self.state.step}")
+        self._progress.advance(self.state.step)
 
     def _restore(self, optimizer: torch.optim.Optimizer, states: checkpoint.States) -> None:
         """Give an optimiser the states of its parameters, whatever their order was."""

@@ -2,7 +2,8 @@
 
 The stages meet as files in the run directory: ``tokenizer-*`` (of a new base), ``tokens-*`` and
 ``held-out-*`` of each source, ``training-*`` (checkpoints and log) and at last ``model-*`` in
-Hugging Face layout. Left out on purpose: several devices; other architectures of new bases.
+Hugging Face layout. Of several processes that torchrun starts, the first makes the stages, and all
+share the training. Left out on purpose: other architectures of new bases.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from metier.errors import ConfigError, ModelError
 from metier.model.backbone import context_in, context_of
 from metier.model.device import choose_device
 from metier.model.load import base_config, base_hash, is_encoder_base, locate
+from metier.model.world import World, joined
 from metier.progress import Progress, Silent
 from metier.text.tokenizer import Tokenizer
 from metier.training.corpus import Corpus, Read
@@ -75,38 +77,81 @@ def pretrain(
     """
     base = _base_name(config, home)
     config = checked(config, context_in(base_config(base)) if base else None)
-    root = home / config.root
     for source in config.sources:
-        stream.matching_files(source, root)
-    identity = base_hash(base) if base else None
-    with runs.Run(out) as run:
-        corpus = Corpus.of(run, config, root, progress or Silent())
-        tokenizer_dir = locate(base) if base else corpus.tokenizer(config.shape or Shape())
+        stream.matching_files(source, home / config.root)
+    with joined() as world:
+        work = _Work(config, base, device or choose_device(), progress or Silent(), world)
+        return work.make(home / config.root, out, ratio) if world.first else work.help()
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What one process has to do for a recipe.
+
+    Attributes:
+        config: the recipe.
+        base: name of the given base.
+        device: where it is trained.
+        progress: is told every step, by the first process.
+        world: the processes that share the training.
+
+    """
+
+    config: PretrainConfig
+    base: str | None
+    device: torch.device
+    progress: Progress
+    world: World
+
+    def make(self, root: Path, out: Path, ratio: Ratio) -> Path:
+        """Make every stage, or find it made, as the first process."""
+        config, base = self.config, self.base
+        identity = base_hash(base) if base else None
+        with runs.Run(out) as run:
+            corpus = Corpus.of(run, config, root, self.progress)
+            tokenizer_dir = locate(base) if base else corpus.tokenizer(config.shape or Shape())
+            tokenizer = Tokenizer.load(tokenizer_dir)
+            read = {source.name: corpus.read(source) for source in config.sources}
+            files = [
+                corpus.tokens(source, tokenizer, read[source.name].left)
+                for source in config.trained
+            ]
+            about = {
+                "config": config.model_dump(mode="json"),
+                "files": corpus.files,
+                "tokenizer": tokenizer.fingerprint,
+                "base": identity,
+            }
+
+            def make(directory: Path) -> None:
+                scratch = run.path / f"training-{_recipe_key(config, about)}"
+                runs.begun(scratch, self.progress)
+                paths = [str(path) for path in (tokenizer_dir, scratch, *files)]
+                self.world.agree(json.dumps(paths))
+                training = self._training(tokenizer_dir, scratch, files)
+                training.run(directory, read, ratio if base else None)
+
+            path = run.stage("model", about, make)
+        self.world.agree(json.dumps([str(path)]))
+        return path
+
+    def help(self) -> Path:
+        """Share the training of the first process, until it says what it has made."""
+        while len(paths := [Path(path) for path in json.loads(self.world.agree())]) > 1:
+            tokenizer_dir, scratch, *files = paths
+            self._training(tokenizer_dir, scratch, files).share()
+        return paths[0]
+
+    def _training(self, tokenizer_dir: Path, scratch: Path, files: Sequence[Path]) -> _Training:
+        config, device = self.config, self.device
+        start = (
+            given_base(config, self.base, device)
+            if self.base
+            else new_base(config, tokenizer_dir, device)
+        )
+        progress = self.progress if self.world.first else Silent()
         tokenizer = Tokenizer.load(tokenizer_dir)
-        read = {source.name: corpus.read(source) for source in config.sources}
-        files = [
-            corpus.tokens(source, tokenizer, read[source.name].left) for source in config.trained
-        ]
-        about = {
-            "config": config.model_dump(mode="json"),
-            "files": corpus.files,
-            "tokenizer": tokenizer.fingerprint,
-            "base": identity,
-        }
-
-        def make(directory: Path) -> None:
-            place = device or choose_device()
-            start = (
-                given_base(config, base, place) if base else new_base(config, tokenizer_dir, place)
-            )
-            scratch = runs.begun(
-                run.path / f"training-{_recipe_key(config, about)}", corpus.progress
-            )
-            _Training(config, start, tokenizer, files, read, scratch, corpus.progress).run(
-                directory, ratio if base else None
-            )
-
-        return run.stage("model", about, make)
+        return _Training(config, start, tokenizer, files, scratch, progress, self.world)
 
 
 def _base_name(config: PretrainConfig, home: Path) -> str | None:
@@ -135,9 +180,9 @@ class _Training:
         start: what is trained.
         tokenizer: its tokenizer.
         files: tokens of each source that is trained on.
-        read: what was found in each source.
         scratch: keeps checkpoints; an interrupted training goes on from there.
         progress: is told every step.
+        world: the processes that share it.
 
     """
 
@@ -145,21 +190,20 @@ class _Training:
     start: Start
     tokenizer: Tokenizer
     files: Sequence[Path]
-    read: Mapping[str, Read]
     scratch: Path
     progress: Progress
+    world: World
 
-    def run(self, directory: Path, ratio: Ratio | None) -> None:
+    def run(self, directory: Path, read: Mapping[str, Read], ratio: Ratio | None) -> None:
         """Train, write the base into a directory, and beside it how that went.
 
         Args:
             directory: receives the base.
+            read: what was found in each source.
             ratio: given for a given base, which is compared with what it was.
 
         """
-        held_out = self._held_out()
-        compiled = self.config.tokens >= _WORTH_COMPILING and not self.config.adapter
-        score = Scorer(self.start.model, compiled=compiled)
+        held_out, score = self._held_out(read), self._scorer()
         before = self._before(score, held_out) if ratio else {}
         state = self._train(score, held_out)
         self.progress.stage(f"write {self.config.name}")
@@ -174,17 +218,25 @@ class _Training:
                 self.progress.say(str(change))
         (directory / "training.json").write_text(json.dumps(facts, indent=1))
 
+    def share(self) -> None:
+        """Train with the first process, which alone looks at held-out text."""
+        self._train(self._scorer(), [])
+
+    def _scorer(self) -> Scorer:
+        compiled = self.config.tokens >= _WORTH_COMPILING and not self.config.adapter
+        return Scorer(self.start.model, compiled=compiled)
+
     def _before(self, score: Scorer, held_out: Sequence[HeldOut]) -> Bits:
         self.progress.stage(f"measure {self.config.base}")
         bits = bits_of(score, held_out)
         self._tell(bits, held_out, "before the first step")
         return bits
 
-    def _held_out(self) -> list[HeldOut]:
+    def _held_out(self, read: Mapping[str, Read]) -> list[HeldOut]:
         length = min(_EVALUATION_LENGTH, context_of(self.start.model) or _EVALUATION_LENGTH)
         found = []
         for source in self.config.sources:
-            windows = self.read[source.name].windows
+            windows = read[source.name].windows
             if windows:
                 found.append(
                     HeldOut.of(source.name, windows, self.tokenizer, length, trained=source.trained)
@@ -225,6 +277,7 @@ class _Training:
             directory=self.scratch,
             evaluate=evaluate if held_out else None,
             resumed=lambda state: _check_resumed(state, plan, config, self.progress),
+            world=self.world,
             progress=self.progress,
         ).run()
 

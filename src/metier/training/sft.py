@@ -9,14 +9,15 @@ loss there rises again while it still learns, as it grows too sure of itself (`d
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from metier.errors import TrainingError
+from metier.errors import DivergedError
 from metier.model.encoder import is_encoder
 from metier.model.world import World
 from metier.progress import Progress, Silent
@@ -29,7 +30,7 @@ from metier.training.scoring import Scorer
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
     Model = PreTrainedModel | PeftModel
 
@@ -61,6 +62,7 @@ def fit(
     judge: Judge | None = None,
     also: Callable[[int], Tensor] | None = None,
     directory: Path | None = None,
+    part: float = 1.0,
     world: World | None = None,
     progress: Progress | None = None,
 ) -> State:
@@ -78,52 +80,69 @@ def fit(
         judge: of the validation part; without one, the lowest loss chooses the parameters.
         also: what every step adds to its mean loss, such as a `rehearsal.loss`.
         directory: receives checkpoints and the log; an interrupted run goes on from there.
+        part: of its steps, after which the training is paused; its schedule is that of all. With
+            another `part` and the same directory it goes on.
         world: the processes that share the work.
         progress: is told every step.
 
     Returns:
-        steps, seconds, best loss, learning curve.
+        steps, seconds, best loss, learning curve; of a paused training with its loss now.
 
     Raises:
-        TrainingError: no gradient or loss was finite, or memory does not suffice for longest rows.
+        DivergedError: the gradient was not finite three times in a row, or no validation loss was.
+        TrainingError: memory does not suffice for the longest rows.
 
     """
     batches = row_batches(train, training, seed=seed)
     held_out = cut(validation, MICRO_TOKENS)
+    plan = _plan(batches.steps_per_epoch, training, seed)
     world = world or World()
     loop = Loop(
         model,
         loss,
         batches,
         [adamw(model, learning_rate, training.weight_decay, head_rate)],
-        _plan(batches.steps_per_epoch, training, seed),
+        plan,
         also=also,
         directory=directory,
-        evaluate=_evaluation(held_out, judge or _unjudged(loss), world) if held_out else None,
+        evaluate=evaluation(held_out, judge or unjudged(loss), world) if held_out else None,
         hardest=cut(train, MICRO_TOKENS)[0],
         world=world,
         progress=progress or Silent(),
     )
-    state = loop.run()
+    state = loop.run(math.ceil(part * plan.steps))
+    if not state.finished:
+        state = _with_now(state, loop.figures())
     if held_out:
         _check_finite(state)
     return state
 
 
+def _with_now(state: State, figures: Mapping[str, float]) -> State:
+    """Where a paused training stands, its parameters of now among those that may be best."""
+    mistakes, loss = figures.get("validation_mistakes", 0.0), figures.get("loss", math.inf)
+    if not (mistakes, loss) < (state.best_mistakes, state.best_loss):
+        return state
+    return replace(state, best_mistakes=mistakes, best_loss=loss, best_step=state.step)
+
+
 def _check_finite(state: State) -> None:
     """Refuse parameters that were chosen by nothing."""
     if not math.isfinite(state.best_loss):
-        raise TrainingError(
+        raise DivergedError(
             "validation part",
-            f"its loss was never a finite number in {len(state.curve)} evaluations",
+            f"its loss was never a finite number in {state.step:,} steps",
             "lower training.learning_rate, or look whether the base gives numbers at all",
         )
 
 
-def _evaluation(
+def evaluation(
     held_out: Sequence[Batch], judge: Judge, world: World
 ) -> Callable[[], dict[str, float]]:
-    """Means over the trained tokens of the validation part."""
+    """Means over the trained tokens of some rows, of which there is one at least.
+
+    They are ``loss`` and, where the judge counts them, ``validation_mistakes``.
+    """
     weight = sum(part.weight for part in held_out)
 
     def figures() -> dict[str, float]:
@@ -136,24 +155,29 @@ def _evaluation(
     return figures
 
 
-def _unjudged(loss: Callable[[Batch], Tensor]) -> Judge:
+def unjudged(loss: Callable[[Batch], Tensor]) -> Judge:
     """The loss alone chooses."""
     return lambda batch: (loss(batch).item(),)
 
 
 def default_learning_rate(model: Model, tuning: Tuning) -> float:
     """Peak learning rate for a base of this width and a way of updating it."""
-    whole = not tuning.adapter and is_encoder(model.config)
-    return tuning.rate * (_WHOLE_ENCODER if whole else 1) * _width_rate(model)
+    return rate_of(model.config, tuning)
+
+
+def rate_of(config: PretrainedConfig, tuning: Tuning) -> float:
+    """The same, from the base's config alone."""
+    whole = not tuning.adapter and is_encoder(config)
+    return tuning.rate * (_WHOLE_ENCODER if whole else 1) * _width_rate(config)
 
 
 def encoder_head_rate(model: Model) -> float:
     """Peak learning rate of a head on an encoder: it starts from nothing, so it learns as LoRA."""
-    return _width_rate(model)
+    return _width_rate(model.config)
 
 
-def _width_rate(model: Model) -> float:
-    width: int = model.config.get_text_config().hidden_size
+def _width_rate(config: PretrainedConfig) -> float:
+    width: int = config.get_text_config().hidden_size
     rate: float = _RATE * (width / _RATE_WIDTH) ** _RATE_EXPONENT
     return rate
 
