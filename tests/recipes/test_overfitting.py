@@ -55,12 +55,13 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_stop_token_that_is_not_learned(task: Path, short: None) -> None:
     """In this base it has the embedding of a token for unknown text, which LoRA does not change."""
     found = tried(task, "lora")
-    assert found.written == 0
+    assert found.written < found.rows
     assert all(one.written.startswith(one.taught) for one in found.missed)
     assert not any(one.finished for one in found.missed)
     assert "rows.jsonl:" in found.missed[0].row
     (cause,) = found.causes
-    assert cause.startswith("4 answers are right but do not end: the stop token")
+    missed = found.rows - found.written
+    assert cause.startswith(f"{missed} answers are right but do not end: the stop token")
 
 
 def test_a_base_that_is_frozen(task: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,21 +121,15 @@ def base_hash(name: str) -> str:
 
 
 def base_config(name: str) -> PretrainedConfig:
-    """Config of a causal base, without its weights; its `dtype` is that of the stored weights.
+    """Config of a base, without its weights; its `dtype` is that of the stored weights.
 
     Raises:
-        ModelError: it is missing, of an unknown kind, or no causal language model.
+        ModelError: it is missing, or of an unknown kind.
 
     """
     path = locate(name)
     config = _config(path)
     _model_class(path, config)
-    if config.is_encoder_decoder:
-        raise ModelError(
-            str(path),
-            "is an encoder-decoder, which was not trained to go on with a text",
-            "choose a causal (decoder-only) base, or tune this one on a task with 'metier train'",
-        )
     return config
 
 

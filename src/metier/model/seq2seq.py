@@ -58,9 +58,11 @@ def name_own_head(model: Any, directory: Path) -> None:
     Transformers 5 sees it in the weights, and writes that they are one, whatever they are. Earlier
     versions, and programs that go by the config, would take the embeddings for the head.
     """
+    if not is_seq2seq(model):
+        return
     language_model = inner(model)
     head = language_model.get_output_embeddings().weight
-    if is_seq2seq(model) and head is not language_model.get_input_embeddings().weight:
+    if head is not language_model.get_input_embeddings().weight:
         file = directory / "config.json"
         config = json.loads(file.read_text("utf-8")) | {"tie_word_embeddings": False}
         file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")

@@ -23,7 +23,8 @@ from metier.data import stream
 from metier.errors import ConfigError, ModelError
 from metier.model.backbone import context_in, context_of
 from metier.model.device import choose_device
-from metier.model.load import base_config, base_hash, is_encoder_base, locate
+from metier.model.encoder import is_encoder
+from metier.model.load import base_config, base_hash, locate
 from metier.model.world import World, joined
 from metier.progress import Progress, Silent
 from metier.text.tokenizer import Tokenizer
@@ -158,10 +159,20 @@ def _base_name(config: PretrainConfig, home: Path) -> str | None:
     """Name of the given base: a path in the recipe is relative to it."""
     path = home / Path(config.base or "").expanduser()
     name = str(path.resolve()) if config.base and path.is_dir() else config.base
-    if name and is_encoder_base(name):
-        cause = "is an encoder: it predicts masked words, not what follows"
-        raise ModelError(name, cause, "choose a causal language model")
+    if name:
+        _refuse_encoders(name)
     return name
+
+
+def _refuse_encoders(name: str) -> None:
+    """Refuse a base that does not predict what follows."""
+    config, remedy = base_config(name), "choose a causal (decoder-only) language model"
+    if is_encoder(config):
+        cause = "is an encoder: it predicts masked words, not what follows"
+        raise ModelError(name, cause, remedy)
+    if config.is_encoder_decoder:
+        cause = "is an encoder-decoder, which was not trained to go on with a text"
+        raise ModelError(name, cause, f"{remedy}, or tune it on a task with 'metier train'")
 
 
 def _recipe_key(config: PretrainConfig, about: Mapping[str, Any]) -> str:
