@@ -118,8 +118,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         "describes no model",
     ),
     "encoder-decoder": (
-        lambda d: (d / "config.json").write_text('{"model_type": "t5"}'),
-        "encoder-decoder",
+        lambda d: (d / "config.json").write_text('{"model_type": "bart"}'),
+        "encoder-decoder of the family bart",
     ),
     "not a language model": (
         lambda d: (d / "config.json").write_text('{"model_type": "vit"}'),

@@ -133,7 +133,9 @@ def test_what_is_streamed_is_what_is_predicted(finished: Path) -> None:
 
 @pytest.mark.parametrize(("arm", "merge"), [("lora", False), ("lora", True), ("full", False)])
 def test_an_export_is_proven(finished: Path, tmp_path: Path, arm: str, merge: bool) -> None:
-    out = recipes.export(finished / "run", arm, tmp_path / "out", merge=merge)
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text("".join(json.dumps({"text": row["text"]}) + "\n" for row in [*rows()][::20]))
+    out = recipes.export(finished / "run", arm, tmp_path / "out", merge, asked)
     proof = json.loads((out / PROOF).read_text())
     if merge or arm == "full":  # for programs that go by the config
         config = json.loads((out / "config.json").read_text())
