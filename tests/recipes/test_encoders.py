@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from metier import recipes
 from metier.errors import ConfigError
 from metier.progress import Silent
 from metier.recipes import making, planning, tuning
-from metier.recipes.workbench import open_workbench, read_task
+from metier.recipes.workbench import Workbench, open_workbench, read_task
 from metier.retrieval.hybrid import bundled_model
 from metier.task import Arm
 from tests.recipes.conftest import write_task
@@ -62,9 +63,26 @@ def test_an_encoder_learns_labels_alone(tmp_path: Path, bert: Path) -> None:
     assert facts.curve[-1].validation_loss < facts.curve[0].validation_loss
     assert "<|bos|>" in facts.sample
     assert "###" not in facts.sample, "no template"
+    check_snippet(out, bench)
     first, again = (making.build(bench, Arm.of("full/head"), out) for _ in range(2))
     chats = [row.prompt for row in bench.parts.validation]
     assert first.generator.generate(chats) == again.generator.generate(chats)
+
+
+def check_snippet(made: Path, bench: Workbench) -> None:
+    """What docs/heads.md gives people to load a head with, on this one."""
+    page = (Path(__file__).parents[2] / "docs" / "heads.md").read_text("utf-8")
+    code = page.partition("```python\n")[2].partition("```")[0]
+    row = bench.parts.validation[0]
+    for old, new in {"run/arm-full-head-seed0-...": made, "Where is my card?": row.input}.items():
+        assert code.count(old) == 1
+        code = code.replace(old, str(new))
+    (made.parent / "snippet.py").write_text(code, "utf-8")
+    found = runpy.run_path(str(made.parent / "snippet.py"))["probabilities"]
+    (answer,) = making.build(bench, Arm.of("full/head"), made).generator.generate([row.prompt])
+    assert answer.text == max(found, key=lambda label: float(found[label]))
+    # In bfloat16, where the device computes in it.
+    assert answer.probability == pytest.approx(found[answer.text], abs=0.02)
 
 
 def test_the_plan_of_an_encoder(tmp_path: Path, bert: Path) -> None:
