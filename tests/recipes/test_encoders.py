@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from metier import recipes
 from metier.errors import ConfigError
+from metier.model.load import load_base
 from metier.progress import Silent
 from metier.recipes import making, planning, tuning
 from metier.recipes.workbench import Workbench, open_workbench, read_task
@@ -67,6 +69,27 @@ def test_an_encoder_learns_labels_alone(tmp_path: Path, bert: Path) -> None:
     first, again = (making.build(bench, Arm.of("full/head"), out) for _ in range(2))
     chats = [row.prompt for row in bench.parts.validation]
     assert first.generator.generate(chats) == again.generator.generate(chats)
+
+
+@pytest.mark.parametrize("name", ["lora/head", "full/head"])
+def test_an_encoder_learns_new_tokens(tmp_path: Path, bert: Path, name: str) -> None:
+    training = {**TRAINING, "epochs": 1, "added_tokens": ["<Lily>"]}
+    task = write_task(tmp_path, bert, arms=["classical", name], training=training)
+    data = tmp_path / "rows.jsonl"
+    data.write_text(data.read_text().replace("Lily", "<Lily>"))
+    bench = open_workbench(read_task(task), tmp_path)
+    out = tmp_path / "made"
+    out.mkdir()
+    tuning.tune(bench, Arm.of(name), 0, None, Silent(), out, tmp_path / "scratch")
+    engine = making.load_engine(bench, Arm.of(name), out)
+    ids = engine.renderer.prompt([{"role": "user", "content": "<Lily> saw"}])
+    assert max(ids) == 8192
+    rows = engine.model.get_input_embeddings().weight
+    before = load_base(str(bert)).model.get_input_embeddings().weight.float().mean(0)
+    assert not torch.allclose(rows[8192].float(), before, atol=1e-6), "it was learned"
+    chats = [row.prompt for row in bench.parts.validation]
+    answers = making.build(bench, Arm.of(name), out).generator.generate(chats)
+    assert all(0 < (answer.probability or 0) < 1 for answer in answers)
 
 
 def check_snippet(made: Path, bench: Workbench) -> None:
