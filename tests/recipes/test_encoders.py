@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import csv
 import json
+import runpy
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from metier import recipes
 from metier.errors import ConfigError
+from metier.model.load import load_base
 from metier.progress import Silent
 from metier.recipes import making, planning, tuning
-from metier.recipes.workbench import open_workbench, read_task
+from metier.recipes.workbench import Workbench, open_workbench, read_task
 from metier.retrieval.hybrid import bundled_model
 from metier.task import Arm
 from tests.recipes.conftest import write_task
@@ -62,9 +65,47 @@ def test_an_encoder_learns_labels_alone(tmp_path: Path, bert: Path) -> None:
     assert facts.curve[-1].validation_loss < facts.curve[0].validation_loss
     assert "<|bos|>" in facts.sample
     assert "###" not in facts.sample, "no template"
+    check_snippet(out, bench)
     first, again = (making.build(bench, Arm.of("full/head"), out) for _ in range(2))
     chats = [row.prompt for row in bench.parts.validation]
     assert first.generator.generate(chats) == again.generator.generate(chats)
+
+
+@pytest.mark.parametrize("name", ["lora/head", "full/head"])
+def test_an_encoder_learns_new_tokens(tmp_path: Path, bert: Path, name: str) -> None:
+    training = {**TRAINING, "epochs": 1, "added_tokens": ["<Lily>"]}
+    task = write_task(tmp_path, bert, arms=["classical", name], training=training)
+    data = tmp_path / "rows.jsonl"
+    data.write_text(data.read_text().replace("Lily", "<Lily>"))
+    bench = open_workbench(read_task(task), tmp_path)
+    out = tmp_path / "made"
+    out.mkdir()
+    tuning.tune(bench, Arm.of(name), 0, None, Silent(), out, tmp_path / "scratch")
+    engine = making.load_engine(bench, Arm.of(name), out)
+    ids = engine.renderer.prompt([{"role": "user", "content": "<Lily> saw"}])
+    assert max(ids) == 8192
+    rows = engine.model.get_input_embeddings().weight
+    before = load_base(str(bert)).model.get_input_embeddings().weight.float().mean(0)
+    assert not torch.allclose(rows[8192].float(), before, atol=1e-6), "it was learned"
+    chats = [row.prompt for row in bench.parts.validation]
+    answers = making.build(bench, Arm.of(name), out).generator.generate(chats)
+    assert all(0 < (answer.probability or 0) < 1 for answer in answers)
+
+
+def check_snippet(made: Path, bench: Workbench) -> None:
+    """What docs/heads.md gives people to load a head with, on this one."""
+    page = (Path(__file__).parents[2] / "docs" / "heads.md").read_text("utf-8")
+    code = page.partition("```python\n")[2].partition("```")[0]
+    row = bench.parts.validation[0]
+    for old, new in {"run/arm-full-head-seed0-...": made, "Where is my card?": row.input}.items():
+        assert code.count(old) == 1
+        code = code.replace(old, str(new))
+    (made.parent / "snippet.py").write_text(code, "utf-8")
+    found = runpy.run_path(str(made.parent / "snippet.py"))["probabilities"]
+    (answer,) = making.build(bench, Arm.of("full/head"), made).generator.generate([row.prompt])
+    assert answer.text == max(found, key=lambda label: float(found[label]))
+    # In bfloat16, where the device computes in it.
+    assert answer.probability == pytest.approx(found[answer.text], abs=0.02)
 
 
 def test_the_plan_of_an_encoder(tmp_path: Path, bert: Path) -> None:
