@@ -22,6 +22,7 @@ from metier.data.sources import read_examples
 from metier.data.split import read_parts
 from metier.errors import DataError
 from metier.graders import json_text
+from metier.graders.asking import ask_for_keys
 from metier.graders.labels import labels_of, read_labels
 from metier.records import Example
 from metier.task import LABELLED, Columns, Kind, Task
@@ -323,7 +324,7 @@ def _add_words(text: _Text, kind: Kind, examples: Sequence[Example]) -> None:
     text.add("good", words["good"], "In words, for people and for prompted arms: make them yours.")
     text.add("better", words["better"])
     text.add("bad", words["bad"])
-    asked = json_text.ask_for_keys([row.answer for row in examples]) or words["instruction"]
+    asked = ask_for_keys([row.answer for row in examples]) or words["instruction"]
     text.add("instruction", asked, "What prompted arms tell the model to do.")
     if kind in LABELLED:
         if kind == "classification":

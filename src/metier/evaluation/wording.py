@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
-from metier.graders.json_text import ask_for_keys
+from metier.graders.asking import ask_for_keys
 from metier.records import Chat, Message
 from metier.task import Kind, Task
 

@@ -37,9 +37,9 @@ from metier.progress import Progress
 from metier.recipes import encoder_decoder, making, planning, sweeping, tuning
 from metier.recipes.finished import read_verdict
 from metier.recipes.stages import Stages, all_arms, to_json
-from metier.recipes.workbench import Workbench, open_workbench, read_task
+from metier.recipes.workbench import Workbench, only_arm, open_workbench, read_task
 from metier.runs import Run
-from metier.task import SIMPLER_METHODS, TUNINGS, Arm, Task
+from metier.task import SIMPLER_METHODS, Arm, Task
 
 
 @dataclass
@@ -130,26 +130,6 @@ def train_one(
 
         _with_helpers(stages, world, make)
     return stages.place(arm, seed)
-
-
-def only_arm(task: Task) -> Arm:
-    """The only arm of a task, which is to be trained.
-
-    Raises:
-        ConfigError: it is not a tuned one, or the task names several bases.
-
-    """
-    (arm,) = task.chosen_arms()
-    bases = task.bases()
-    if len(bases) > 1:
-        raise ConfigError(
-            "base",
-            f"names {len(bases)} bases, but one arm over one base is trained",
-            f"choose one of {', '.join(bases)}, e.g. --set base={bases[0]}",
-        )
-    if not arm.tuned:
-        raise ConfigError(f"arm '{arm.name}'", "is not trained", f"use {', '.join(TUNINGS)}")
-    return arm
 
 
 def _sweep(

@@ -20,8 +20,7 @@ from metier.model.tagger import TagGenerator
 from metier.model.world import World
 from metier.progress import Progress
 from metier.recipes import making, planning, tuning
-from metier.recipes.experiment import only_arm
-from metier.recipes.workbench import Workbench, open_workbench, read_task
+from metier.recipes.workbench import Workbench, only_arm, open_workbench, read_task
 from metier.records import Example, Generator
 from metier.runs import fingerprint
 from metier.task import Arm

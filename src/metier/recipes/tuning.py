@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,9 +98,7 @@ def tune(
     with PeakMemory() as memory:
         base, tuned = making.load_trainable(bench, arm, seed, "cpu" if in_parts else "auto")
         rows = making.prepare(bench, arm, making.make_engine(bench, base, tuned))
-        progress.say(f"{arm.name} is trained on the text between ⟦ and ⟧:\n{rows[0].sample}")
-        for note in dict.fromkeys((*rows[0].notes, *rows[1].notes)):
-            progress.say(f"note: {note}")
+        _show(arm, rows, progress)
         if in_parts:
             shard(base.model, world)
         model = with_head(bench, arm, tuned)
@@ -111,16 +109,32 @@ def tune(
         return state
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     found = gathered(trained, world)
-    if not world.first:
-        return state
-    if in_parts:
-        base, tuned = making.load_trainable(bench, arm, seed, "cpu")
-        model = _again(model, tuned) if arm.headed else tuned
-        model.load_state_dict(found, strict=False)
-    _write(arm, base, model, directory)
-    shutil.copyfile(scratch / "log.jsonl", directory / "log.jsonl")
-    _write_facts(state, rows, seed, memory.peak, directory)
+    if world.first:
+        if in_parts:
+            base, model = _whole(bench, arm, seed, model, found)
+        _write(arm, base, model, directory)
+        shutil.copyfile(scratch / "log.jsonl", directory / "log.jsonl")
+        _write_facts(state, rows, seed, memory.peak, directory)
     return state
+
+
+def _show(
+    arm: Arm, rows: tuple[preflight.Prepared, preflight.Prepared], progress: Progress
+) -> None:
+    """What is trained on, and what was noticed of it."""
+    progress.say(f"{arm.name} is trained on the text between ⟦ and ⟧:\n{rows[0].sample}")
+    for note in dict.fromkeys((*rows[0].notes, *rows[1].notes)):
+        progress.say(f"note: {note}")
+
+
+def _whole(
+    bench: Workbench, arm: Arm, seed: int, model: Any, found: Mapping[str, Any]
+) -> tuple[Base, Any]:
+    """The base and the model whole, with what was trained of it in parts."""
+    base, tuned = making.load_trainable(bench, arm, seed, "cpu")
+    whole = _again(model, tuned) if arm.headed else tuned
+    whole.load_state_dict(found, strict=False)
+    return base, whole
 
 
 def read_facts(directory: Path) -> Facts:

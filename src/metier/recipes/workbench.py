@@ -25,7 +25,7 @@ from metier.retrieval.chunks import read_passages
 from metier.retrieval.index import Index
 from metier.retrieval.lexical import LexicalIndex
 from metier.runs import fingerprint
-from metier.task import LABELLED, Task, resolve
+from metier.task import LABELLED, TUNINGS, Arm, Task, resolve
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,26 @@ def read_task(task_file: Path, overrides: Iterable[str] = ()) -> Task:
 def _absolute(name: str, task_file: Path) -> str:
     path = resolve(name, task_file)
     return str(path.resolve()) if path.is_dir() else name
+
+
+def only_arm(task: Task) -> Arm:
+    """The only arm of a task, which is to be trained.
+
+    Raises:
+        ConfigError: it is not a tuned one, or the task names several bases.
+
+    """
+    (arm,) = task.chosen_arms()
+    bases = task.bases()
+    if len(bases) > 1:
+        raise ConfigError(
+            "base",
+            f"names {len(bases)} bases, but one arm over one base is trained",
+            f"choose one of {', '.join(bases)}, e.g. --set base={bases[0]}",
+        )
+    if not arm.tuned:
+        raise ConfigError(f"arm '{arm.name}'", "is not trained", f"use {', '.join(TUNINGS)}")
+    return arm
 
 
 def open_workbench(task: Task, base_dir: Path) -> Workbench:

@@ -80,8 +80,7 @@ def fit(
         judge: of the validation part; without one, the lowest loss chooses the parameters.
         also: what every step adds to its mean loss, such as a `rehearsal.loss`.
         directory: receives checkpoints and the log; an interrupted run goes on from there.
-        part: of its steps, after which the training is paused; its schedule is that of all. With
-            another `part` and the same directory it goes on.
+        part: of its steps, after which it is paused, to go on in the same directory later.
         world: the processes that share the work.
         progress: is told every step.
 
@@ -94,7 +93,6 @@ def fit(
 
     """
     batches = row_batches(train, training, seed=seed)
-    held_out = cut(validation, MICRO_TOKENS)
     plan = _plan(batches.steps_per_epoch, training, seed)
     world = world or World()
     loop = Loop(
@@ -105,17 +103,29 @@ def fit(
         plan,
         also=also,
         directory=directory,
-        evaluate=evaluation(held_out, judge or unjudged(loss), world) if held_out else None,
+        evaluate=_looked_at(validation, judge or unjudged(loss), world),
         hardest=cut(train, MICRO_TOKENS)[0],
         world=world,
         progress=progress or Silent(),
     )
-    state = loop.run(math.ceil(part * plan.steps))
+    return _run(loop, math.ceil(part * plan.steps), looks=bool(validation))
+
+
+def _run(loop: Loop[Batch], until: int, *, looks: bool) -> State:
+    """Train up to a step; `looks` where validation rows choose the parameters."""
+    state = loop.run(until)
     if not state.finished:
         state = _with_now(state, loop.figures())
-    if held_out:
+    if looks:
         _check_finite(state)
     return state
+
+
+def _looked_at(
+    rows: Sequence[Row], judge: Judge, world: World
+) -> Callable[[], dict[str, float]] | None:
+    """The evaluation of validation rows, if there are any."""
+    return evaluation(cut(rows, MICRO_TOKENS), judge, world) if rows else None
 
 
 def _with_now(state: State, figures: Mapping[str, float]) -> State:
