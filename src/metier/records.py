@@ -60,6 +60,11 @@ class Example:
         """The expected output as text."""
         return self.messages[-1].get("content") or ""
 
+    @property
+    def place(self) -> str:
+        """How messages name it: where it was read, or else its id."""
+        return self.source or f"example {self.id}"
+
 
 def last_user_text(chat: Chat) -> str:
     """Text of the last user message of a chat, or an empty string."""

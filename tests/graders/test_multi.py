@@ -39,7 +39,7 @@ def test_a_value_outside_0_to_1_is_an_error_that_names_the_row(example):
     assert grader.grade("none", example("word")).value == 0
     with pytest.raises(ConfigError, match="gives 2 for text = 1") as caught:
         grader.grade("word", example("word"))
-    assert "row a1 (data.jsonl:7)" in caught.value.place
+    assert "data.jsonl:7" in caught.value.place
 
 
 def test_no_value_is_an_error_too(example):

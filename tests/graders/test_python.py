@@ -84,7 +84,7 @@ def test_what_is_no_score_is_an_error_that_names_function_and_row(load, example,
     grader = load(f"def grade(output, example):\n    {body}\n")
     with pytest.raises(ConfigError) as caught:
         grader.grade("out", example("x"))
-    assert caught.value.place == "grader mine.py:grade, row a1 (data.jsonl:7)"
+    assert caught.value.place == "grader mine.py:grade, data.jsonl:7"
     assert cause in caught.value.cause
     assert caught.value.remedy
 

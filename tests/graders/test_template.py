@@ -50,5 +50,5 @@ def test_a_field_the_output_lacks_is_reported_as_such(example, output):
 
 
 def test_a_field_the_example_lacks_is_an_error_of_the_data(example):
-    with pytest.raises(DataError, match=r"row a1 \(data.jsonl:7\): has no value for"):
+    with pytest.raises(DataError, match=r"data.jsonl:7: has no value for"):
         fill("{{item.answer_json.a}}", "out", example("no json"))

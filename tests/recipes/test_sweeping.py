@@ -14,7 +14,7 @@ from metier.data.ledger import ledger_path
 from metier.errors import ConfigError, DivergedError, RunError
 from metier.model.world import World
 from metier.progress import Silent
-from metier.recipes import experiment, planning, sweeping, tuning
+from metier.recipes import planning, sweeping, tuning
 from metier.recipes.sweeping import Sweep, parts, read_sweep, trainings
 from metier.recipes.workbench import open_workbench, read_task
 from metier.runs import Run
@@ -205,10 +205,9 @@ def test_a_grid_beyond_what_can_be_set_is_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_several_processes_are_refused(task: Path, tmp_path: Path) -> None:
-    bench = open_workbench(read_task(task, ["arms=[lora]"]), tmp_path)
+def test_several_processes_are_refused() -> None:
     with pytest.raises(ConfigError, match="work of one process"):
-        experiment._sweep(bench, Arm.of("lora"), Run(tmp_path / "r"), 60, Silent(), World(0, 2))
+        sweeping._refuse_helpers(World(0, 2))
 
 
 def test_a_sweep_that_is_not_there(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from metier.errors import DataError
 from metier.graders.base import Context, Grader, GraderSpec
 from metier.graders.json_text import NotJson, parse
-from metier.graders.wording import normalise, quote, row
+from metier.graders.wording import normalise, quote
 from metier.records import Example, Score
 
 Field = tuple[tuple[str, ...], str]
@@ -49,7 +49,7 @@ class JsonFields(GraderSpec):
 
     def grade(self, output: str, example: Example) -> Score:
         """F1 of the fields of the output."""
-        expected = self._fields(_expected(example.answer, row(example)))
+        expected = self._fields(_expected(example.answer, example.place))
         try:
             found = self._fields(parse(output))
         except (NotJson, RecursionError) as problem:

@@ -9,7 +9,6 @@ from pydantic import Field, field_validator
 from metier.errors import ConfigError
 from metier.graders.base import Context, Grader, GraderSpec
 from metier.graders.formula import Formula
-from metier.graders.wording import row
 from metier.records import Example, Score
 
 
@@ -73,7 +72,7 @@ class _Combined:
         if not 0 <= value <= 1:
             values = ", ".join(f"{name} = {part:g}" for name, part in parts.items())
             raise ConfigError(
-                f"grader '{self.name}', {row(example)}",
+                f"grader '{self.name}', {example.place}",
                 f"calculate_output gives {value:g} for {values}; a score is from 0 to 1",
                 "change the formula",
             )

@@ -21,7 +21,6 @@ from pydantic import Field
 
 from metier.errors import ConfigError
 from metier.graders.base import Context, Grader, GraderSpec
-from metier.graders.wording import row
 from metier.records import Example, Score
 from metier.runs import fingerprint
 
@@ -130,7 +129,7 @@ class _Loaded:
         return float(number)
 
     def _error(self, example: Example, cause: str, remedy: str) -> ConfigError:
-        return ConfigError(f"grader {self._label}, {row(example)}", cause, remedy)
+        return ConfigError(f"grader {self._label}, {example.place}", cause, remedy)
 
 
 def _as_dict(example: Example) -> dict[str, Any]:

@@ -21,7 +21,6 @@ from typing import Any
 
 from metier.errors import DataError
 from metier.graders.json_text import NotJson, parse
-from metier.graders.wording import row
 from metier.records import Example
 
 _VARIABLE = re.compile(r"\{\{\s*([^{}]*?)\s*\}\}")
@@ -70,7 +69,7 @@ def _value(variable: str, output: str, example: Example) -> Any:
         if space == "sample":
             raise MissingField(".".join(path) or "(it is not JSON)") from None
         raise DataError(
-            row(example),
+            example.place,
             f"has no value for {{{{{variable}}}}}, which the grader asks for",
             "mend the row, or the template in the grader",
         ) from None

@@ -5,8 +5,6 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Sequence
 
-from metier.records import Example
-
 
 def normalise(text: str, ignore_case: bool = False) -> str:
     """Compose characters (NFC), strip, and make every run of white space one space."""
@@ -23,8 +21,3 @@ def quote(text: str, limit: int = 60) -> str:
     """A text as an explanation shows it: on one line, in quotes, cut when long."""
     line = " ".join(text.split())
     return f"'{line}'" if len(line) <= limit else f"'{line[: limit - 1]}…'"
-
-
-def row(example: Example) -> str:
-    """How error messages name an example."""
-    return f"row {example.id} ({example.source})" if example.source else f"row {example.id}"

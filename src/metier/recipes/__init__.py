@@ -194,13 +194,14 @@ def train(
 
     """
     from metier.model.device import set_up_processor
-    from metier.recipes.experiment import train_one
+    from metier.recipes import experiment, sweeping
     from metier.task import Task
 
     set_up_processor(progress)
     overrides = [*overrides, f"arms={json.dumps([arm])}"]
     directory = run_directory(Task.load(task_file, overrides).name, out)
-    return train_one(task_file, directory, overrides, budget, progress or Silent(), sweep=sweep)
+    make = sweeping.search if sweep else experiment.train_one
+    return make(task_file, directory, overrides, budget, progress or Silent())
 
 
 def overfit(

@@ -6,11 +6,10 @@ interrupted goes on after its last finished stage, and a changed setting redoes 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import numpy as np
 from metier import runs
 from metier.data.ledger import Opening
 from metier.errors import ConfigError
-from metier.evaluation import advice, forgetting, runner, units
+from metier.evaluation import advice, forgetting, runner
 from metier.evaluation.comparison import Measured
 from metier.evaluation.report import write_report
 from metier.evaluation.schema import (
@@ -32,11 +31,11 @@ from metier.evaluation.schema import (
 )
 from metier.evaluation.verdict import decide
 from metier.graders import summarise
-from metier.model.world import World, joined
+from metier.model.world import World
 from metier.progress import Progress
-from metier.recipes import encoder_decoder, making, planning, sweeping, tuning
+from metier.recipes import encoder_decoder, making, planning, tuning
 from metier.recipes.finished import read_verdict
-from metier.recipes.stages import Stages, all_arms, to_json
+from metier.recipes.stages import Stages, all_arms, held, to_json
 from metier.recipes.workbench import Workbench, only_arm, open_workbench, read_task
 from metier.runs import Run
 from metier.task import SIMPLER_METHODS, Arm, Task
@@ -81,7 +80,7 @@ def run(
     planning.check_machine(task)
     making.check_bases(task)
     minutes, directory = task.budget if budget is None else budget, Run(out)
-    with _held(directory) as world:
+    with held(directory) as world:
         progress.stage("read and split the data")
         bench = open_workbench(task, task_file.parent)
         stages = Stages(bench, directory, progress, world)
@@ -108,8 +107,6 @@ def train_one(
     overrides: Iterable[str],
     budget: float | None,
     progress: Progress,
-    *,
-    sweep: bool,
 ) -> Path:
     """Train the only arm of a task with its first seed. See `recipes.train`."""
     task = read_task(task_file, overrides)
@@ -118,11 +115,9 @@ def train_one(
     making.check_bases(task)
     minutes, seed = task.budget if budget is None else budget, task.training.seeds[0]
     directory = Run(out)
-    with _held(directory) as world:
+    with held(directory) as world:
         bench = open_workbench(task, task_file.parent)
         stages = Stages(bench, directory, progress, world)
-        if sweep:
-            return _sweep(bench, arm, directory, minutes, progress, world)
 
         def make() -> None:
             planning.hold(planning.plan_training(bench, progress), minutes)
@@ -130,34 +125,6 @@ def train_one(
 
         _with_helpers(stages, world, make)
     return stages.place(arm, seed)
-
-
-def _sweep(
-    bench: Workbench, arm: Arm, directory: Run, minutes: float, progress: Progress, world: World
-) -> Path:
-    """Search an arm's setting within a budget."""
-    if world.size > 1:
-        raise ConfigError(
-            "torchrun",
-            "a sweep is the work of one process",
-            "start it without torchrun; what it finds can be trained by several processes",
-        )
-    settings = sweeping.grid(bench, arm)
-    work = sweeping.trainings(len(settings))
-    estimate = planning.plan_training(bench, progress, work)
-    planning.hold(estimate, minutes)
-    progress.say(
-        f"{len(settings)} settings are about as much work as {work:.1f} trainings: "
-        f"{units.seconds(estimate.minutes * 60)}"
-    )
-    return sweeping.sweep(bench, arm, bench.task.training.seeds[0], directory, progress)
-
-
-@contextlib.contextmanager
-def _held(directory: Run) -> Iterator[World]:
-    """Hold a run directory before any work; of several processes the first one does."""
-    with joined() as world, directory if world.first else contextlib.nullcontext():
-        yield world
 
 
 def _with_helpers(stages: Stages, world: World, work: Callable[[], None]) -> None:

@@ -389,7 +389,7 @@ def check_answers(bench: Workbench, engine: arms.Reader) -> None:
     longest, example = max(kept, key=lambda pair: pair[0])
     if longest > engine.max_new_tokens:
         raise TrainingError(
-            example.source or f"example {example.id}",
+            example.place,
             f"its answer is {longest:,} tokens long with its stop token, but max_new_tokens is "
             f"{engine.max_new_tokens:,}: a tuned arm's answers would be cut",
             f"set max_new_tokens: {longest}, or leave it out, or shorten the answer",

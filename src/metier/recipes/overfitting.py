@@ -105,7 +105,7 @@ class _Lesson:
         """The answers that are not written as they were taught."""
         written = self.answers.generate([example.prompt for example in self.examples])
         return [
-            Missed(row=_place(row), taught=row.answer, written=one.text, finished=one.finished)
+            Missed(row=row.place, taught=row.answer, written=one.text, finished=one.finished)
             for row, one in zip(self.examples, written, strict=True)
             if one.text != row.answer.strip() or not one.finished
         ]
@@ -275,11 +275,7 @@ def _of_mask(lesson: _Lesson) -> Iterator[str]:
         headed = row.labelled or row.tags
         if not headed and example.answer.strip() not in text:
             yield (
-                f"the mask: {_place(example)} is trained on {text!r}, not on its answer "
+                f"the mask: {example.place} is trained on {text!r}, not on its answer "
                 f"{example.answer!r}"
             )
             return
-
-
-def _place(example: Example) -> str:
-    return example.source or f"example {example.id}"

@@ -6,9 +6,10 @@ has finished is found there, and a changed setting makes anew what depends on it
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from metier.data.ledger import Opening, open_test
 from metier.evaluation import forgetting, runner
 from metier.model.load import load_base
 from metier.model.memory import PeakMemory
-from metier.model.world import World
+from metier.model.world import World, joined
 from metier.progress import Progress, Silent
 from metier.recipes import encoder_decoder, making, tuning
 from metier.recipes.keys import Inputs, Keys
@@ -29,6 +30,13 @@ from metier.runs import Run, fingerprint
 from metier.task import Arm
 from metier.training import rehearsal
 from metier.training.loop import State
+
+
+@contextlib.contextmanager
+def held(directory: Run) -> Iterator[World]:
+    """Hold a run directory before any work; of several processes the first one does."""
+    with joined() as world, directory if world.first else contextlib.nullcontext():
+        yield world
 
 
 class Stages:

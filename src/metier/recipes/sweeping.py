@@ -13,19 +13,21 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from metier import runs
 from metier.config import Config, overridden
-from metier.errors import DivergedError, RunError
+from metier.errors import ConfigError, DivergedError, RunError
+from metier.evaluation import units
 from metier.model.load import base_config
+from metier.model.world import World
 from metier.progress import Progress, Silent
-from metier.recipes import tuning
-from metier.recipes.stages import Stages, slug
-from metier.recipes.workbench import Workbench
+from metier.recipes import making, planning, tuning
+from metier.recipes.stages import Stages, held, slug
+from metier.recipes.workbench import Workbench, only_arm, open_workbench, read_task
 from metier.runs import Run
 from metier.task import Arm, Training
 from metier.training.sft import rate_of
@@ -178,6 +180,42 @@ def trainings(settings: int) -> float:
     for left, part in parts(settings):
         work, before = work + left * (part - before), part
     return work
+
+
+def search(
+    task_file: Path,
+    out: Path,
+    overrides: Iterable[str],
+    budget: float | None,
+    progress: Progress,
+) -> Path:
+    """Train the only arm of a task with the best setting. See `recipes.train`."""
+    task = read_task(task_file, overrides)
+    arm = only_arm(task)
+    planning.check_machine(task)
+    making.check_bases(task)
+    directory = Run(out)
+    with held(directory) as world:
+        _refuse_helpers(world)
+        bench = open_workbench(task, task_file.parent)
+        settings = grid(bench, arm)
+        work = trainings(len(settings))
+        estimate = planning.plan_training(bench, progress, work)
+        planning.hold(estimate, task.budget if budget is None else budget)
+        progress.say(
+            f"{len(settings)} settings are about as much work as {work:.1f} trainings: "
+            f"{units.seconds(estimate.minutes * 60)}"
+        )
+        return sweep(bench, arm, task.training.seeds[0], directory, progress)
+
+
+def _refuse_helpers(world: World) -> None:
+    if world.size > 1:
+        raise ConfigError(
+            "torchrun",
+            "a sweep is the work of one process",
+            "start it without torchrun; what it finds can be trained by several processes",
+        )
 
 
 def sweep(bench: Workbench, arm: Arm, seed: int, run: Run, progress: Progress) -> Path:

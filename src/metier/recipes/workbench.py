@@ -181,7 +181,7 @@ def _refuse_tools(examples: Iterable[Example]) -> None:
                 or message.get("role") in ("tool", "function")
             ):
                 raise DataError(
-                    row.source or f"example {row.id}",
+                    row.place,
                     "uses tools, which no arm is offered when it answers",
                     "describe the tools in the text of the input and give the call as the text of "
                     "the answer, as examples/prepare.py does for bfcl",

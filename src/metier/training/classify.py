@@ -48,7 +48,7 @@ def label_rows(
         for label in own:
             if label not in labels:
                 raise TrainingError(
-                    example.source or f"example {example.id}",
+                    example.place,
                     f"its label '{label}' is not in the label set",
                     "add it to labels, or mend the row",
                 )

@@ -119,7 +119,7 @@ def _of_vocabulary(examples: Sequence[Example], renderer: Renderer, part: str) -
     start, end = max(0, at - _SHOWN // 2), at + _SHOWN // 2
     return [
         f"{len(changed):,} of {len(examples):,} {part} answers cannot be written as they are: "
-        f"{tokenizer.name} gives {answer[start:end]!r} of {first.source or f'example {first.id}'} "
+        f"{tokenizer.name} gives {answer[start:end]!r} of {first.place} "
         f"back as {back[start:end]!r}"
     ]
 
@@ -135,7 +135,7 @@ def _of_markup(examples: Sequence[Example], renderer: Renderer, part: str) -> li
     if not found:
         return []
     first, token = found[0]
-    place = first.source or f"example {first.id}"
+    place = first.place
     told = f"{len(found):,} of {len(examples):,} {part} rows begin or end with control tokens"
     if 1 < len(found) >= len(examples) / 2:
         raise TrainingError(
@@ -174,7 +174,7 @@ def render(example: Example, renderer: Renderer, turns: Turns = "last") -> list[
         TrainingError: one has no trained token, or does not train its stop token.
 
     """
-    place = example.source or f"example {example.id}"
+    place = example.place
     try:
         if turns == "all":
             rendered = renderer.turns(example.messages, example.tools)
@@ -201,7 +201,7 @@ def _check(row: Rendered, renderer: Renderer, place: str) -> None:
 
 def _too_long(example: Example, length: int, longest: int) -> TrainingError:
     return TrainingError(
-        example.source or f"example {example.id}",
+        example.place,
         f"is {length:,} tokens long, the limit is {longest:,}: its answer would be cut",
         "raise training.max_length (up to the base's context), shorten the row, "
         "or set training.too_long: drop",

@@ -54,7 +54,7 @@ def _named(example: Example) -> Entities:
         found = None
     if found is None:
         raise TrainingError(
-            example.source or f"example {example.id}",
+            example.place,
             "its answer does not name spans by their type",
             'write {"place": ["Rome"]}, spans word for word, and {} for none; or give tokens with '
             "tags, or texts with the places of spans (data.format: tags)",
