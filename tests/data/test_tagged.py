@@ -47,7 +47,7 @@ def pairs(examples: list[Example]) -> list[tuple[str, Any]]:
         ("a.txt", CONLL.replace("\t", " ")),
         ("a.iob2", "# a comment, which has no tag\n" + CONLL),
         ("a.tsv", "\n" + CONLL),
-        ("a.conll.gz", gzip.compress(CONLL.encode(, mtime=0))),
+        ("a.conll.gz", gzip.compress(CONLL.encode(), mtime=0)),
         ("a.conll", "-DOCSTART- -X- O O\n\nAda NNP B-NP B-person\nLovelace NNP I-NP I-person\n"
                     "in IN B-PP O\nLondon NNP B-NP B-place\n\nnobody DT O O"),
     ],
