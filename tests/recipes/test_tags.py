@@ -11,6 +11,7 @@ import yaml
 
 from metier import recipes
 from metier.errors import ConfigError, ExportError, TrainingError
+from metier.model.load import load_base
 from metier.progress import Silent
 from metier.recipes import making, planning, tuning
 from metier.recipes.answering import load_specialist
@@ -20,6 +21,7 @@ from metier.task import Arm
 from metier.text import tags
 from metier.training.tagging import labels_of
 from tests.recipes.conftest import QUICK, write_task
+from tests.training.families import write_base
 
 ARMS = ["prompt", "full/tags"]
 
@@ -166,3 +168,23 @@ def test_classes_stand_in_one_order_whatever_that_of_the_rows(task: Path) -> Non
     labels = labels_of(bench.parts.train)
     assert labels == labels_of(bench.parts.train[::-1])
     assert all(before < after for before, after in pairwise(labels[1::2]))
+
+
+def test_an_encoder_tags_what_it_reads_once(
+    task: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    base = write_base(tmp_path_factory.mktemp("bert"), "Bert")
+    changed = read_task(task, [f"base={base}", "arms=[full/tags]", "training.max_length=128"])
+    bench, arm = open_workbench(changed, task.parent), Arm.of("full/tags")
+    out = tmp_path / "made"
+    out.mkdir()
+    tuning.tune(bench, arm, 0, None, Silent(), out, tmp_path / "scratch")
+    built = making.build(bench, arm, out)
+    (answer,) = built.generator.generate([bench.parts.validation[0].prompt])
+    text = bench.parts.validation[0].input
+    read = load_base(str(base)).tokenizer
+    assert answer.prompt_tokens == len(read.encode(text)) + sum(map(len, read.frame or ()))
+    named = json.loads(answer.text)
+    assert all(span in text for spans in named.values() for span in spans)
+    losses = [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()]
+    assert losses[-1] < losses[0]

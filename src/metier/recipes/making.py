@@ -151,7 +151,7 @@ def check_bases(task: Task) -> None:
     """
     for arm in task.chosen_arms():
         virtual = arm.tuning is not None and "virtual_tokens" in arm.tuning.reads
-        if arm.method in ("classical", "remote") or (arm.mode == "head" and not virtual):
+        if arm.method in ("classical", "remote") or (arm.headed and not virtual):
             continue
         for base in filter(is_encoder_base, task.bases()):
             raise ConfigError(
@@ -163,7 +163,7 @@ def check_bases(task: Task) -> None:
                     else "and writes none"
                 ),
                 "choose other arms for it, such as arms: [classical, lora/head, full/head] with "
-                "kind: classification; or a causal language model as base",
+                "kind: classification, or full/tags for spans; or a causal language model as base",
             )
 
 

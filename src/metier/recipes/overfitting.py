@@ -14,7 +14,9 @@ from typing import Any
 
 from metier.config import Config
 from metier.errors import DivergedError
+from metier.model.backbone import inner
 from metier.model.calibration import Calibration
+from metier.model.encoder import is_encoder
 from metier.model.head import HeadGenerator
 from metier.model.tagger import TagGenerator
 from metier.model.world import World
@@ -164,14 +166,14 @@ def _lesson(bench: Workbench, arm: Arm, progress: Progress) -> _Lesson:
     prepared, _ = making.prepare(bench, arm, engine)
     progress.say(f"{arm.name} is trained on the text between ⟦ and ⟧:\n{prepared.sample}")
     rate = training.learning_rate or sft.default_learning_rate(tuned, way)
-    model, rows, head_rate = tuning.with_head(bench, arm, tuned), prepared.rows, None
+    model, rows = tuning.with_head(bench, arm, tuned), prepared.rows
+    encoder = arm.headed and is_encoder(inner(tuned).config)
+    head_rate = sft.encoder_head_rate(tuned) if encoder else None
     answers: Generator = engine
     if arm.mode == "head":
         rows = classify.label_rows(rows, prepared.examples, bench.labels, bench.task.kind)
         if bench.task.kind == "multi-label":
             model.calibration = Calibration(threshold=0.5)
-        if not making.reading_passes(bench, arm):
-            head_rate = sft.encoder_head_rate(tuned)
         answers, loss = HeadGenerator(model, engine.renderer), classify.head_loss(model)
         judge = sft.unjudged(loss)
     elif arm.mode == "tags":

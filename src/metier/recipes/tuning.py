@@ -11,7 +11,9 @@ from typing import Any
 
 from metier.evaluation.schema import CurvePoint
 from metier.model.adapters import save_adapter
+from metier.model.backbone import inner
 from metier.model.device import compute_dtype
+from metier.model.encoder import is_encoder
 from metier.model.head import Classifier, save_head
 from metier.model.load import Base
 from metier.model.memory import PeakMemory
@@ -187,10 +189,10 @@ def _fit(
     tuned = model.model if arm.headed else model
     rate = sft.default_learning_rate(tuned, tuning)
     settings["learning_rate"] = training.learning_rate or rate
+    if arm.headed and is_encoder(inner(tuned).config):  # it does not learn to read first
+        settings["head_rate"] = sft.encoder_head_rate(tuned)
     if arm.mode == "head":
         reading = making.reading_passes(bench, arm)
-        if not reading:  # of a base that does not learn to read first
-            settings["head_rate"] = sft.encoder_head_rate(tuned)
         train, held = (
             classify.label_rows(p.rows, p.examples, bench.labels, bench.task.kind) for p in rows
         )

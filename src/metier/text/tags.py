@@ -42,8 +42,8 @@ class Reading(NamedTuple):
 
     Attributes:
         text: what it tags: the last user message.
-        ids: of the whole prompt, and of the text once more behind it.
-        units: of the text, as it stands behind the prompt.
+        ids: of the whole prompt, and of the text once more behind it; for an encoder of the text.
+        units: of the text, as it stands there.
 
     """
 
@@ -57,12 +57,14 @@ def read(renderer: Renderer, chat: Chat) -> Reading:
 
     A decoder looks to the left only. When it reads a text for the second time, it knows at each
     token what follows (Springer et al. 2024, "Repetition improves language model embeddings",
-    arXiv 2402.15449). It also makes the text stand where no template can change it.
+    arXiv 2402.15449). It also makes the text stand where no template can change it. An encoder
+    looks both ways: it reads the message once, between its special tokens.
     """
-    text, prompt = last_user_text(chat), renderer.prompt(chat)
+    text = last_user_text(chat)
+    before, behind = renderer.tokenizer.frame or (renderer.prompt(chat), ())
     ids, offsets = renderer.tokenizer.locate(text)
-    units = [unit._replace(token=len(prompt) + unit.token) for unit in units_of(text, offsets)]
-    return Reading(text, prompt + ids, units)
+    units = [unit._replace(token=len(before) + unit.token) for unit in units_of(text, offsets)]
+    return Reading(text, [*before, *ids, *behind], units)
 
 
 def units_of(text: str, offsets: Sequence[tuple[int, int]]) -> list[Unit]:
