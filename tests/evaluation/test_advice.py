@@ -187,7 +187,7 @@ def notes_of(tuned) -> str:
 def test_a_head_is_said_to_have_changed_its_model_unmeasured():
     said = (
         "It is not held to the rule on forgetting: the model under its head was changed, too, but "
-        "it names labels only and cannot write text."
+        "it cannot write text."
     )
     assert notes_of(arm("lora/head", 250, 251, 252, forgetting=())) == said
     assert notes_of(LORA) == ""

@@ -97,6 +97,7 @@ MAKING = {
     "classical": ROWS,
     "lora": LORA,
     "lora/head": (LORA - {"rehearsal"}) | {"labels"},
+    "lora/tags": LORA - {"rehearsal"},
     "full": FULL,
     "full/head": (FULL - {"rehearsal"}) | {"labels"},
     "lora+rag": LORA | LENGTH | {"shots", "documents"},

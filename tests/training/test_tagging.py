@@ -11,18 +11,20 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from sklearn.metrics import f1_score
 from torch import Tensor
 
 from metier.errors import TrainingError
 from metier.model.load import load_base
 from metier.model.tagger import TagGenerator, Tagger
+from metier.model.world import World
 from metier.progress import Silent
 from metier.records import Example, Message
 from metier.task import Training
 from metier.text.template import Renderer
 from metier.training.batches import Batch, Row, cut
 from metier.training.loop import State
-from metier.training.sft import fit
+from metier.training.sft import _evaluation, fit
 from metier.training.tagging import labels_of, prepare, tag_judge, tag_loss, types_of
 from tests.training.families import write_base
 
@@ -197,21 +199,41 @@ def test_loss_and_gradient_are_those_of_transformers(tmp_path: Path, family: str
     assert model(**side_by_side(other)).loss.item() != pytest.approx(total, rel=1e-4)
 
 
-def test_mistakes_are_counted_among_tagged_tokens_only(stories260k: Path) -> None:
+def test_loss_and_mistakes_are_those_of_tagged_tokens(stories260k: Path) -> None:
+    base = load_base(str(stories260k), dtype=torch.float32, device="cpu")
+    tagger = Tagger(base.model, ("O", "B-x", "I-x")).double().eval()
+    torch.nn.init.normal_(tagger.head.weight, generator=torch.Generator().manual_seed(2))
+    draw = torch.Generator().manual_seed(0)
+    rows = []
+    for length in (40, 30, 9):
+        ids = torch.randint(3, 500, (length,), generator=draw).tolist()
+        named = torch.randint(-1, 3, (length,), generator=draw).tolist()
+        rows.append(Row(tuple(ids), tuple(tag >= 0 for tag in named), tags=tuple(named)))
+    logits = tagger(torch.tensor([i for row in rows for i in row.ids]), [40, 30, 9])
+    true = torch.tensor([tag for row in rows for tag in row.tags])
+    answered = logits.argmax(-1)[true >= 0]
+    expected = f1_score(true[true >= 0], answered, labels=[1, 2], average="micro")
+    loss, wrong, most = tag_judge(tagger)(Batch.of(rows))
+    assert 0.1 < expected < 0.9
+    assert wrong / most == pytest.approx(1 - expected)
+    chances = logits.double().softmax(-1)[true >= 0, true[true >= 0]]
+    assert loss == pytest.approx(-chances.log().sum().item(), rel=1e-5)
+    assert tag_loss(tagger)(Batch.of(rows)).item() == pytest.approx(loss)
+
+
+def test_a_tagger_that_finds_nothing_is_not_the_one_that_is_kept(stories260k: Path) -> None:
+    """It has the fewest wrong tokens, and the worst answers."""
     base = load_base(str(stories260k), dtype=torch.float32, device="cpu")
     tagger = Tagger(base.model, ("O", "B-x", "I-x"))
-    tagger.head.bias.data[:] = torch.tensor([0.0, 1.0, 0.0])
-    rows = [
-        Row((5, 6, 7, 8), (False, True, True, True), tags=(-1, 1, 0, 2)),
-        Row((9, 9), (True, False), tags=(1, -1)),
-    ]
-    loss, mistakes = tag_judge(tagger)(Batch.of(rows))
-    assert mistakes == 2
-    chances = torch.tensor([0.0, 1.0, 0.0]).double().exp()
-    chances /= chances.sum()
-    expected = -(2 * chances[1].log() + chances[0].log() + chances[2].log())
-    assert loss == pytest.approx(expected.item(), rel=1e-5)
-    assert tag_loss(tagger)(Batch.of(rows)).item() == pytest.approx(loss)
+    rows = [Row((5,) * 9, (True,) * 9, tags=(0,) * 6 + (1,) * 3)]
+    mistakes, wrong = [], []
+    for bias in ([1.0, 0.0, 0.0], [0.0, 1.0, 0.0]):
+        tagger.head.bias.data[:] = torch.tensor(bias)
+        judged = _evaluation(cut(rows, 99), tag_judge(tagger), World())()
+        mistakes.append(judged["validation_mistakes"])
+        wrong.append(sum(tag != bias.index(1.0) for tag in rows[0].tags))
+    assert wrong == [3, 6]
+    assert mistakes == [1.0, pytest.approx(0.5)]
 
 
 class StopError(Exception):

@@ -14,7 +14,7 @@ ENOUGH_SEEDS = 3
 _UNMEASURED = "What it forgot was not measured."
 _HEAD = (
     "It is not held to the rule on forgetting: the model under its head was changed, too, but it "
-    "names labels only and cannot write text."
+    "cannot write text."
 )
 _MINUS = "\u2212"
 

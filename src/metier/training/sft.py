@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     Model = PreTrainedModel | PeftModel
 
 Judge = Callable[[Batch], tuple[float, ...]]
-"""Sum of the losses over a batch's trained tokens, and, where answers can be counted, how many of
-them would be written wrong."""
+"""Sum of the losses over a batch's trained tokens; where answers can be counted, how many of them
+would be written wrong; and that of how many, where not of the trained tokens."""
 
 MICRO_TOKENS = 2048
 """Tokens that are trained on at once."""
@@ -160,7 +160,11 @@ def evaluation(
             [counts * found for found in judge(part)] for _, part, counts in world.share(held_out)
         ]
         sums = world.total(*map(sum, zip(*judged, strict=True)))
-        return dict(zip(("loss", "validation_mistakes"), (s / weight for s in sums), strict=False))
+        loss, *counted = sums
+        if not counted:
+            return {"loss": loss / weight}
+        mistakes, most = (*counted, weight)[:2]
+        return {"loss": loss / weight, "validation_mistakes": mistakes / max(most, 1)}
 
     return figures
 

@@ -160,15 +160,21 @@ def tag_loss(tagger: Tagger) -> Callable[[Batch], Tensor]:
 
 
 def tag_judge(tagger: Tagger) -> Judge:
-    """Of a batch: sum of cross-entropies, and units whose likeliest class is a wrong one."""
+    """Of a batch: sum of cross-entropies, and two sums whose ratio is 1 - F1 of units in spans.
+
+    Most units are in no span: by mistakes among all of them, a tagger that finds nothing would be
+    better than one that begins to find spans.
+    """
     logits = _logits(tagger)
 
-    def judge(batch: Batch) -> tuple[float, float]:
+    def judge(batch: Batch) -> tuple[float, float, float]:
         batch = batch.to(tagger.model.device)
         found, wanted = logits(batch), batch.targets >= 0
         loss = F.cross_entropy(found, batch.targets, reduction="sum", ignore_index=NONE)
-        mistakes = (found.argmax(-1) != batch.targets)[wanted].sum()
-        return loss.item(), int(mistakes)
+        answered, true = found.argmax(-1)[wanted], batch.targets[wanted]
+        named = int((answered > 0).sum() + (true > 0).sum())
+        right = int(((answered == true) & (true > 0)).sum())
+        return loss.item(), named - 2 * right, named
 
     return judge
 
