@@ -17,8 +17,9 @@ from metier.errors import BudgetError, ConfigError
 from metier.model.load import load_base
 from metier.model.memory import SLACK, give_back, resident
 from metier.progress import Silent
-from metier.recipes import making, planning
-from metier.recipes.planning import ArmPlan, Plan, Speed
+from metier.recipes import making, planning, speeds
+from metier.recipes.planning import ArmPlan, Plan
+from metier.recipes.speeds import Speed
 from metier.recipes.workbench import Workbench, open_workbench, read_task
 from metier.records import Example
 from metier.text.template import Renderer
@@ -57,11 +58,11 @@ def measured(
     bench: Workbench, stories260k: Path, monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, Speed]:
     """The speeds that planning finds: a test may change them."""
-    speeds = dict(SPEEDS)
+    found = dict(SPEEDS)
     base = load_base(str(stories260k))
     engine = making.make_engine(bench, base)
-    monkeypatch.setattr(planning, "_measure", lambda *_: (dict.fromkeys(SPEEDS, engine), speeds))
-    return speeds
+    monkeypatch.setattr(speeds, "measure", lambda *_: (dict.fromkeys(SPEEDS, engine), found))
+    return found
 
 
 def seconds(bench: Workbench, made: tuple[str, ...] = ()) -> dict[str, float]:
@@ -223,7 +224,7 @@ def test_keys_and_values_of_a_full_batch_are_counted(bench: Workbench, stories26
     heads = config.num_key_value_heads * (config.hidden_size // config.num_attention_heads)
     size = base.model.dtype.itemsize
     expected = 2 * config.num_hidden_layers * heads * size * engine.batch_tokens
-    assert planning._cache_bytes(engine) == expected
+    assert speeds._cache_bytes(engine) == expected
 
 
 @pytest.mark.parametrize("rate", [1e9, 1.0])
@@ -240,7 +241,7 @@ def test_training_memory_is_that_of_a_whole_micro_batch_of_the_longest_rows(rate
     give_back()
     before = resident()
     rows = sft.MICRO_TOKENS // 64
-    found = planning._training_memory(loss, rate, 64)
+    found = speeds._training_memory(loss, rate, 64)
     assert tried == [rows if rate > 1 else 1]
     assert 0.8 * rows * 2**20 < found - before - SLACK < 3 * rows * 2**20
 

@@ -13,7 +13,7 @@ from metier import recipes
 from metier.errors import ConfigError, ExportError, TrainingError
 from metier.model.load import load_base
 from metier.progress import Silent
-from metier.recipes import making, planning, tuning
+from metier.recipes import making, planning, speeds, tuning
 from metier.recipes.answering import load_specialist
 from metier.recipes.finished import read_verdict
 from metier.recipes.workbench import open_workbench, read_task
@@ -125,10 +125,10 @@ def test_planning_counts_both_readings_and_nothing_written(
 ) -> None:
     bench = open_workbench(read_task(task, ["arms=[prompt, lora/tags]"]), task.parent)
     engine = making.load_engine(bench, Arm.of("prompt"), None)
-    speed = planning.Speed(read=5e3, write=1e-9, alone=1e-9, score=1, train=2e3, answering=1)
-    base = planning.Speed(read=1e4, write=1e3, alone=100, score=1, answering=1)
+    speed = speeds.Speed(read=5e3, write=1e-9, alone=1e-9, score=1, train=2e3, answering=1)
+    base = speeds.Speed(read=1e4, write=1e3, alone=100, score=1, answering=1)
     kept = {"base": engine, "lora": engine}
-    monkeypatch.setattr(planning, "_measure", lambda *_: (kept, {"base": base, "lora": speed}))
+    monkeypatch.setattr(speeds, "measure", lambda *_: (kept, {"base": base, "lora": speed}))
     found = {arm.arm: arm.minutes * 60 for arm in planning.plan(bench, Silent()).arms}
 
     def tokens(part: str) -> list[int]:
