@@ -19,7 +19,6 @@ LABELLED: tuple[Kind, ...] = ("classification", "multi-label")
 """Kinds with a closed label set."""
 Turns = Literal["last", "all"]
 TemplateName = Literal["plain", "question-answer", "chat"]
-Weight = Annotated[FiniteFloat, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Format = Literal[
     "auto",
@@ -185,7 +184,7 @@ class Training(Config):
     turns: Turns = "last"
     """Which answers of a conversation are learned: the last, which is what is evaluated, or all
     but those of weight 0."""
-    class_weights: dict[str, Weight] | Literal["balanced"] | None = None
+    class_weights: str | dict[str, FiniteFloat] | None = None
     """How much a label counts in the loss of a head: balanced (as if all were equally frequent),
     or a weight for some labels, 1 for the others; by default every row counts the same."""
     rehearsal: Annotated[FiniteFloat, Field(ge=0)] = 2.0
@@ -211,6 +210,16 @@ class Training(Config):
         if len(set(seeds)) != len(seeds):
             raise ValueError("the same seed stands twice")
         return seeds
+
+    @field_validator("class_weights")
+    @classmethod
+    def _weights(cls, weights: str | dict[str, float] | None) -> str | dict[str, float] | None:
+        if isinstance(weights, str) and weights != "balanced":
+            raise ValueError(f"'{weights}' says no weights: write balanced, or a weight by label")
+        for label, weight in weights.items() if isinstance(weights, dict) else ():
+            if weight <= 0:
+                raise ValueError(f"'{label}' has the weight {weight:g}: it must be above 0")
+        return weights
 
     @field_validator("added_tokens")
     @classmethod

@@ -188,8 +188,8 @@ def test_weights_reach_the_loss_of_a_head_alone(
     [
         ("balanced", ["prompt", "lora"], "no arm has one"),
         ({"foot": 2}, ["lora/head"], "weighs 'foot', which is none of the 3 labels"),
-        ({"food": 0}, ["lora/head"], "greater than 0"),
-        ("even", ["lora/head"], "class_weights"),
+        ({"food": 0}, ["lora/head"], "'food' has the weight 0: it must be above 0"),
+        ("even", ["lora/head"], "'even' says no weights"),
     ],
 )
 def test_weights_that_count_for_nothing_are_refused(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -75,7 +74,7 @@ def reading_rows(rows: Sequence[Row]) -> list[Row]:
 
 
 def class_weights(
-    chosen: Literal["balanced"] | Mapping[str, float] | None,
+    chosen: str | Mapping[str, float],
     rows: Sequence[Row],
     labels: Sequence[str],
 ) -> Tensor:
@@ -87,13 +86,13 @@ def class_weights(
     having it and not having it then weigh the same. A label without rows counts 1.
 
     Args:
-        chosen: of the task.
+        chosen: `balanced`, or a weight for some labels.
         rows: the training rows, labelled.
         labels: in the order of the logits.
 
     """
-    if chosen != "balanced":
-        return torch.tensor([float((chosen or {}).get(label, 1.0)) for label in labels])
+    if not isinstance(chosen, str):
+        return torch.tensor([float(chosen.get(label, 1.0)) for label in labels])
     marks = torch.tensor([row.label for row in rows])
     several = marks.ndim == 2
     counts = (marks if several else F.one_hot(marks, len(labels))).sum(0).float()
