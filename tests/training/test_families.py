@@ -25,7 +25,7 @@ from metier.text.template import Renderer
 from metier.training import classify, sft
 from metier.training.batches import Batch, Row
 from metier.training.scoring import Scorer
-from metier.training.sft import answer_loss, default_learning_rate, fit
+from metier.training.sft import answer_loss, default_learning_rate, encoder_head_rate, fit
 from tests.seq2seq_bases import SEQ2SEQ, write_seq2seq
 from tests.training.families import ENCODERS, FAMILIES, write_base
 from tests.training.test_sft import rows_of
@@ -277,7 +277,10 @@ def test_a_head_on_an_encoder_is_what_others_read(
     base, classifier, rows = head_on(encoders[family], kind)
     loss = classify.head_loss(classifier)
     rate = default_learning_rate(classifier.model, TUNINGS[kind])
-    state = fit(classifier, loss, rows, rows, TRAINING, learning_rate=rate, seed=0)
+    head_rate = encoder_head_rate(classifier.model)
+    state = fit(
+        classifier, loss, rows, rows, TRAINING, learning_rate=rate, seed=0, head_rate=head_rate
+    )
     assert state.step == 20
     assert state.best_loss < 0.95 * torch.tensor(3.0).log(), "of equal probabilities"
     rows.sort(key=lambda row: -len(row.ids))

@@ -182,6 +182,8 @@ class Loop(Generic[B]):
         until = self._plan.steps if until is None else until
         self._resume()
         self._try_hardest()
+        if not self.state.step:
+            self._progress.advance(0)  # the first step begins
         began = time.monotonic() - self.state.seconds
         thrift = Thrift()
         self._saved = time.monotonic()
@@ -257,6 +259,7 @@ class Loop(Generic[B]):
                 "smaller base",
             ) from None
         self._forget_gradients()
+        self._hardest = None
 
     def _update(self, step: int) -> float:
         """Clip, guard against NaN, and step every optimiser. Returns the gradient norm."""
