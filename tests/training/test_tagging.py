@@ -24,7 +24,7 @@ from metier.task import Training
 from metier.text.template import Renderer
 from metier.training.batches import Batch, Row, cut
 from metier.training.loop import State
-from metier.training.sft import _evaluation, fit
+from metier.training.sft import evaluation, fit
 from metier.training.tagging import labels_of, prepare, tag_judge, tag_loss, types_of
 from tests.training.families import write_base
 
@@ -229,7 +229,7 @@ def test_a_tagger_that_finds_nothing_is_not_the_one_that_is_kept(stories260k: Pa
     mistakes, wrong = [], []
     for bias in ([1.0, 0.0, 0.0], [0.0, 1.0, 0.0]):
         tagger.head.bias.data[:] = torch.tensor(bias)
-        judged = _evaluation(cut(rows, 99), tag_judge(tagger), World())()
+        judged = evaluation(cut(rows, 99), tag_judge(tagger), World())()
         mistakes.append(judged["validation_mistakes"])
         wrong.append(sum(tag != bias.index(1.0) for tag in rows[0].tags))
     assert wrong == [3, 6]
